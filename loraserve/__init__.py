@@ -1,0 +1,16 @@
+"""loraserve: many LoRA adapters on one small frozen model.
+
+Importing the package imports neither torch nor flask: `loraserve --help` has to answer at once. `LLM` and
+`SamplingParams` are loaded on first use.
+"""
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str):
+    if name in ("LLM", "SamplingParams"):
+        from loraserve import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'loraserve' has no attribute {name!r}")

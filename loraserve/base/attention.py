@@ -1,0 +1,47 @@
+"""Attention without a cache: whole sequences laid end to end, each seeing only itself. Training and scoring use it.
+
+The rows stay flat for every linear layer; only here are they set into a (B, T) grid, padded at the end, where the
+causal mask hides the padding from every real row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PackedAttention:
+    """Causal attention within each of several sequences laid end to end.
+
+    Args:
+        lengths: the sequences' numbers of rows; their sum is N.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.max_position = longest = max(lengths)
+        self.grid = (len(lengths), longest)
+        sizes = torch.tensor(lengths)
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
+        self._dense = all(n == longest for n in lengths)
+        starts = torch.arange(len(lengths)) * longest
+        self._cells = (starts.repeat_interleave(sizes) + self.positions.cpu()).to(device)  # (N,) row -> grid cell
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype = q.dtype
+        if q.device.type == "cpu":  # there float32 attention is three times faster than bf16 at these lengths
+            q, k, v = q.float(), k.float(), v.float()
+        gqa = q.shape[1] != k.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(
+                self._spread(q), self._spread(k), self._spread(v), is_causal=True, enable_gqa=gqa
+            )
+        out = out.to(dtype).transpose(1, 2).flatten(0, 1)  # (B*T, H, D)
+        return out if self._dense else out[self._cells]
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """(N, H, D) -> (B, H, T, D)."""
+        b, t = self.grid
+        if not self._dense:
+            x = x.new_zeros(b * t, *x.shape[1:]).index_copy(0, self._cells, x)
+        return x.view(b, t, *x.shape[1:]).transpose(1, 2)

@@ -1,0 +1,195 @@
+"""The frozen base: one forward pass for serving and for training.
+
+    logits = model(input_ids, positions, attention, lora)
+
+Tokens of all sequences are laid flat, `input_ids` and `positions` (N,). What a sequence is, where its keys and values
+live and which rows may see which is the business of `attention`, an object with
+
+    attend(layer, q (N, H, D), k (N, KV, D), v (N, KV, D)) -> (N, H, D)
+
+Every linear layer adds `lora`'s delta for its module path; with `lora=None` no adapter code runs. Parameter names are
+MiniMind's and Hugging Face's, so a checkpoint's tensors load by name.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraserve.base.config import ModelConfig
+from loraserve.base.rope import Rope, rotate
+from loraserve.lora.batch import LoraBatch
+
+
+class Attention(Protocol):
+    """Where keys and values live, and which rows see which."""
+
+    max_position: int
+    """All positions of this step are below it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float, in_float32: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+        self.in_float32 = in_float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight.float(), self.eps)
+        normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float() if self.in_float32 else None, self.eps)
+        return normed.to(x.dtype) if self.in_float32 else self.weight * normed.to(x.dtype)
+
+
+class Linear(nn.Module):
+    """A frozen linear layer without bias that knows its own path, by which adapters target it."""
+
+    def __init__(self, target: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.target = target
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if lora is None else lora.apply(self.target, x, y)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        path, hidden, dim = f"model.layers.{layer}.self_attn", config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, dim
+        self.q_proj = Linear(f"{path}.q_proj", hidden, config.num_attention_heads * dim)
+        self.k_proj = Linear(f"{path}.k_proj", hidden, config.num_key_value_heads * dim)
+        self.v_proj = Linear(f"{path}.v_proj", hidden, config.num_key_value_heads * dim)
+        self.o_proj = Linear(f"{path}.o_proj", config.num_attention_heads * dim, hidden)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps, config.norm_in_float32)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps, config.norm_in_float32)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
+        q = self.q_proj(x, lora).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
+        k = self.k_proj(x, lora).unflatten(-1, (-1, self.head_dim))  # (N, KV, D)
+        v = self.v_proj(x, lora).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attention.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(-2), lora)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, path: str, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(f"{path}.gate_proj", hidden, width)
+        self.up_proj = Linear(f"{path}.up_proj", hidden, width)
+        self.down_proj = Linear(f"{path}.down_proj", width, hidden)
+
+    def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x, lora)) * self.up_proj(x, lora), lora)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, plus MiniMind 2's shared ones, which see every token."""
+
+    def __init__(self, config: ModelConfig, path: str) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(f"{path}.gate", hidden, config.num_experts)
+        self.experts = nn.ModuleList(SwiGLU(f"{path}.experts.{e}", hidden, width) for e in range(config.num_experts))
+        self.shared_experts = nn.ModuleList(
+            SwiGLU(f"{path}.shared_experts.{e}", hidden, width) for e in range(config.num_shared_experts)
+        )
+
+    def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        scores = self.gate(x, lora).float().softmax(dim=-1)  # (N, E)
+        weights, chosen = scores.topk(self.top_k, dim=-1)  # (N, top_k)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows, rank = (chosen == e).nonzero(as_tuple=True)
+            if rows.numel():
+                out = expert(x[rows], lora.select(rows) if lora is not None else None)
+                y = y.index_add(0, rows, (out * weights[rows, rank].unsqueeze(1)).to(y.dtype))
+        for expert in self.shared_experts:
+            y = y + expert(x, lora)
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        path = f"model.layers.{layer}.mlp"
+        norm = (config.hidden_size, config.rms_norm_eps, config.norm_in_float32)
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        self.mlp: nn.Module
+        if config.num_experts:
+            self.mlp = MixtureOfExperts(config, path)
+        else:
+            self.mlp = SwiGLU(path, config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention, lora)
+        return x + self.mlp(self.post_attention_layernorm(x), lora)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_float32)
+        self.rope = Rope(config)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
+        cos, sin = self.rope(positions, attention.max_position)
+        x = self.embed_tokens(input_ids)  # (N, hidden)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attention, lora)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """A base with its language-model head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        lora: LoraBatch | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Compute logits.
+
+        Args:
+            input_ids: (N,) int64, the tokens of all sequences laid flat.
+            positions: (N,) int64, each token's position in its own sequence.
+            attention: keys, values and borders of the sequences.
+            lora: the adapters of the rows, or None for the base alone.
+            rows: (M,) int64, the rows whose logits are wanted; all by default.
+
+        Returns:
+            (M, vocab_size) logits in the model's dtype.
+        """
+        hidden_states = self.model(input_ids, positions, attention, lora)  # (N, hidden)
+        if rows is not None:
+            hidden_states = hidden_states[rows]
+            lora = lora.select(rows) if lora is not None else None
+        return self.lm_head(hidden_states, lora)

@@ -1,0 +1,72 @@
+"""Rotary position embeddings, rotate-half form, with the scalings that MiniMind, Llama and Qwen3 files name.
+
+Sources: RoFormer arXiv:2104.09864, YaRN arXiv:2309.00071, the `rope_scaling` fields of Hugging Face configs.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from loraserve.base.config import ModelConfig
+
+SUPPORTED = ("default", "linear", "llama3", "yarn")
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Return the inverse frequencies (head_dim/2,) float32 and the factor on cos and sin."""
+    dim, theta = config.head_dim, config.rope_theta
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return freqs, 1.0
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return freqs / factor, 1.0
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * freqs / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return freqs * (smooth + (1 - smooth) / factor), 1.0
+    return _yarn(freqs, dim, theta, original, factor, scaling)
+
+
+def _yarn(freqs: Tensor, dim: int, theta: float, original: int, factor: float, scaling: dict) -> tuple[Tensor, float]:
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension_of(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dimension_of(scaling.get("beta_slow") or 1)), dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return freqs * (1 - ramp + ramp / factor), float(attention_factor)
+
+
+class Rope(torch.nn.Module):
+    """Tables of cos and sin, grown on demand to the highest position asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        freqs, self.factor = inverse_frequencies(config)
+        self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("table", torch.empty(0, 2, config.head_dim), persistent=False)
+
+    def forward(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (N, 1, head_dim) float32 for `positions` (N,), all below `limit`."""
+        if self.table.shape[0] < limit:
+            angles = torch.outer(torch.arange(limit, device=self.freqs.device).float(), self.freqs.float())
+            angles = torch.cat([angles, angles], dim=-1)  # (limit, D)
+            self.table = torch.stack([angles.cos(), angles.sin()], dim=1) * self.factor
+        rows = self.table[positions].unsqueeze(2)  # (N, 2, 1, D)
+        return rows[:, 0], rows[:, 1]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads x (N, H, D) by cos and sin (N, 1, D); computed in float32, returned in x's dtype."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)

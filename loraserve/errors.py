@@ -1,0 +1,116 @@
+"""The exception tree. Every error a user can cause is a `LoraserveError` whose text says what, where and the fix.
+
+Knows no HTTP: the server maps classes to status codes in one table, the command line prints the text on one line.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraserveError(Exception):
+    """Base of all errors with a message meant for the user.
+
+    `code` is a stable machine-readable word; `param` names the offending request field or option, if there is one.
+    """
+
+    code = "error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(LoraserveError):
+    """A field has the wrong type, an impossible value, or contradicts another."""
+
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class NotFound(LoraserveError):
+    """Something named does not exist; the message carries close matches."""
+
+    code = "not_found"
+    kind = "item"
+
+    def __init__(self, name: str, known: Iterable[str] = (), *, param: str | None = None, hint: str = "") -> None:
+        close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+        suggestion = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+        super().__init__(f"no {self.kind} named {name!r}{suggestion}{'; ' + hint if hint else ''}", param=param)
+        self.close_matches = close
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter_not_found"
+    kind = "adapter"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+    kind = "model"
+
+
+class VersionNotFound(NotFound):
+    code = "version_not_found"
+    kind = "version"
+
+
+class Conflict(LoraserveError):
+    """The request contradicts the present state: the name exists, the adapter is in use, another run holds the lock."""
+
+    code = "conflict"
+
+
+class TooLarge(LoraserveError):
+    """An upload or a body is over its limit."""
+
+    code = "too_large"
+
+
+class AdapterRefused(LoraserveError):
+    """An adapter that would do nothing, or the wrong thing. `problems` lists everything that is wrong with it."""
+
+    code = "adapter_refused"
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        super().__init__(f"adapter {name!r} refused: " + "; ".join(problems))
+        self.problems = problems
+
+
+class CheckpointError(LoraserveError):
+    """A base, tokenizer or adapter file that cannot be read, or whose contents do not fit together."""
+
+    code = "bad_checkpoint"
+
+
+class DataError(LoraserveError):
+    """A training file with rows that cannot be used; the message names lines and reasons."""
+
+    code = "bad_data"
+
+
+class StorageError(LoraserveError):
+    """Writing failed (disk full, no permission). What was there before is still there."""
+
+    code = "storage"
+
+
+class QueueFull(LoraserveError):
+    """No room for another request now. `retry_after` is in seconds."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReady(LoraserveError):
+    """The engine is starting, stopping, or its step crashed."""
+
+    code = "not_ready"
