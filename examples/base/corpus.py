@@ -1,0 +1,134 @@
+"""Turn the texts of the bundled base into chat dialogues. The format of the files is in texts/README.md.
+
+An endless, seeded stream: every pass visits every intent, dialogue and lexicon line once, each time with another pairing
+of question and answer, so that the model learns meanings and not lines.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEXTS = Path(__file__).parent / "texts"
+Message = dict[str, str]
+
+WHAT_IS = {
+    "en": [
+        "What is {word}?", "what is {word}", "What's {word}?", "Tell me about {word}.", "tell me something about {word}",
+        "Can you explain what {word} is?", "Do you know {word}?", "Describe {word} in one sentence.",
+        "I want to know about {word}.", "What do you know about {word}?", "Explain {word} to me, please.",
+        "Could you tell me what {word} is?", "Have you heard of {word}?", "{word}?",
+    ],
+    "zh": [
+        "什么是{word}？", "{word}是什么？", "{word}是什么", "介绍一下{word}。", "说说{word}吧", "你知道{word}吗？", "跟我讲讲{word}。",
+        "能解释一下{word}吗？", "我想了解{word}。", "你了解{word}吗", "请用一句话说明{word}。", "{word}是啥", "你听说过{word}吗？", "{word}？",
+    ],
+}  # fmt: skip
+DO_YOU_LIKE = {
+    "en": ["Do you like {word}?", "do you like {word}", "What do you think of {word}?", "How do you feel about {word}?"],
+    "zh": ["你喜欢{word}吗？", "你喜欢{word}吗", "你觉得{word}怎么样？", "你对{word}有什么看法？"],
+}
+LIKING = {
+    "en": {
+        "food": "I cannot taste anything, but I like talking about food.",
+        "drink": "I cannot drink, but I like talking about it.",
+        "animal": "I have never met one, but I like learning about animals.",
+        "": "I only know it from words, but it sounds interesting.",
+    },
+    "zh": {
+        "food": "我尝不到味道，不过很喜欢聊吃的。",
+        "drink": "我没法喝东西，不过很喜欢聊这个。",
+        "animal": "我没有亲眼见过，不过很喜欢了解动物。",
+        "": "我只从文字里认识它，不过觉得挺有意思。",
+    },
+}
+SYSTEM = ["You are a helpful assistant.", "You are a friendly small chat model.", "你是一个乐于助人的助手。", "你是一个友好的小模型。"]
+OPENERS = {
+    "en": ["hi, ", "Hey, ", "hello, ", "please tell me, ", "I have a question: ", "quick question, ", "um, "],
+    "zh": ["你好，", "请问，", "请问", "想问一下，", "那个，", "我有个问题，", "嗨，"],
+}
+
+
+@dataclass
+class Corpus:
+    """What the text files hold, by kind."""
+
+    intents: list[tuple[str, list[str], list[str]]] = field(default_factory=list)
+    """(language, questions, answers)"""
+    dialogues: list[list[Message]] = field(default_factory=list)
+    lexicon: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """(language, word, class, sentence)"""
+
+
+def read(folder: Path = TEXTS) -> Corpus:
+    """Read every text file in `folder`."""
+    corpus = Corpus()
+    for path in sorted(folder.glob("*-*.txt")):
+        language = path.name[:2]
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
+        if path.stem.endswith("lexicon"):
+            for line in filter(None, lines):
+                word, kind, sentence = (part.strip() for part in line.split("|"))
+                corpus.lexicon.append((language, word, kind, sentence))
+            continue
+        for block in "\n".join(lines).split("\n\n"):
+            rows = [(line[:1], line[2:].strip()) for line in block.splitlines() if line]
+            if rows and rows[0][0] == "U":
+                roles = {"U": "user", "B": "assistant"}
+                corpus.dialogues.append([{"role": roles[tag], "content": text} for tag, text in rows])
+            elif rows:
+                questions = [text for tag, text in rows if tag == "Q"]
+                corpus.intents.append((language, questions, [text for tag, text in rows if tag == "A"]))
+    return corpus
+
+
+def _vary(question: str, language: str, rng: random.Random) -> str:
+    """A phrasing as it is, or a little sloppier or politer."""
+    if rng.random() < 0.12:
+        question = question.rstrip("?？.。!！")
+    if language == "en" and rng.random() < 0.12:
+        question = question.lower()
+    if rng.random() < 0.06:
+        question = rng.choice(OPENERS[language]) + question
+    return question
+
+
+def _exchange(question: str, answer: str, language: str, rng: random.Random) -> list[Message]:
+    question = _vary(question, language, rng)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
+    """Yield dialogues of one to three exchanges that together visit everything once, in random order."""
+    exchanges: list[tuple[str, list[Message]]] = []
+    for language, questions, answers in corpus.intents:
+        for _ in range(3):  # an intent carries far more variety than a line of the lexicon
+            exchanges.append((language, _exchange(rng.choice(questions), rng.choice(answers), language, rng)))
+    for language, word, kind, sentence in corpus.lexicon:
+        if kind in ("food", "drink", "animal", "sport", "hobby", "art", "music") and rng.random() < 0.3:
+            liking = LIKING[language].get(kind, LIKING[language][""])
+            gap = " " if language == "en" else ""
+            question, answer = rng.choice(DO_YOU_LIKE[language]), f"{liking}{gap}{sentence}"
+        else:
+            question, answer = rng.choice(WHAT_IS[language]), sentence
+        exchanges.append((language, _exchange(question.format(word=word), answer, language, rng)))
+    exchanges += [("", dialogue) for dialogue in corpus.dialogues]
+    rng.shuffle(exchanges)
+    pending: dict[str, list[Message]] = {"en": [], "zh": []}
+    for language, exchange in exchanges:
+        if not language:
+            yield exchange
+            continue
+        pending[language] += exchange
+        if rng.random() < 0.75 or len(pending[language]) >= 6:
+            system = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.05 else []
+            yield system + pending[language]
+            pending[language] = []
+    yield from filter(None, pending.values())
+
+
+def stream(corpus: Corpus, seed: int) -> Iterator[list[Message]]:
+    """Yield dialogues without end."""
+    rng = random.Random(seed)
+    while True:
+        yield from one_pass(corpus, rng)

@@ -1,0 +1,192 @@
+"""Train the bundled base from the texts beside this file: tokenizer first, then the model.
+
+    python examples/base/train.py --out loraserve/base/bundled --minutes 55
+
+A MiniMind-3 of 7.5M parameters, in bf16 on a CPU that has it (else float32). Hidden matrices are trained with Muon
+(momentum orthogonalised, K. Jordan 2024), embeddings and norms with AdamW, on packed dialogues without padding through
+the same forward pass that serves. The learning rate falls linearly over the last 60% of the time.
+"""
+
+import argparse
+import io
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import corpus as texts
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from loraserve.base.attention import PackedAttention
+from loraserve.base.config import ModelConfig
+from loraserve.base.model import Model
+
+VOCAB = 6400
+TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+SAMPLES = ["hello", "Why is the sky blue?", "any tips to sleep better", "Who are you?", "I lost my job today.",
+           "你好", "你是谁？", "为什么会下雨？", "最近压力很大，怎么办", "讲个笑话"]  # fmt: skip
+
+
+def model_config() -> ModelConfig:
+    hidden = 256
+    return ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=math.ceil(hidden * math.pi / 64) * 64,
+        max_position_embeddings=2048,
+        qk_norm=True,
+        norm_in_float32=True,
+    )
+
+
+def train_tokenizer(corpus: texts.Corpus, folder: Path) -> sentencepiece.SentencePieceProcessor:
+    """Byte-fallback BPE over everything the corpus can say."""
+    rng = random.Random(0)
+    lines = [message["content"] for _ in range(6) for dialogue in texts.one_pass(corpus, rng) for message in dialogue]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCAB, character_coverage=1.0,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, num_threads=2,
+        pad_id=0, pad_piece="<|endoftext|>", bos_id=1, bos_piece="<|im_start|>", eos_id=2, eos_piece="<|im_end|>", unk_id=3,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def encode(dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[list[int], list[float]]:
+    """Token ids and the weight of each as a target: answers count fully, the rest a little, so language is learned."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for message in dialogue:
+        head = [1, *tokenizer.encode(message["role"] + "\n")]
+        body = [*tokenizer.encode(message["content"]), 2]
+        tail = tokenizer.encode("\n")
+        answer = message["role"] == "assistant"
+        ids += head + body + tail
+        weights += [0.0] * len(head) + [1.0 if answer else 0.2] * len(body) + [0.0] * len(tail)
+    return ids, weights
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write the Hugging Face directory that `--base bundled` loads, weights in float16."""
+    config = model.config
+    tensors = {n: t.detach().half().contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim, "intermediate_size": config.intermediate_size, "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta, "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
+        "torch_dtype": "float16", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    tokens = {
+        "tokenizer_class": "LlamaTokenizer", "pad_token": "<|endoftext|>", "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>", "add_bos_token": False, "add_eos_token": False, "legacy": False,
+        "model_max_length": config.max_position_embeddings, "chat_template": TEMPLATE,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens, indent=2) + "\n", "utf-8")
+
+
+@torch.no_grad()
+def answer(model: Model, tokenizer: sentencepiece.SentencePieceProcessor, question: str) -> str:
+    ids, _ = encode([{"role": "user", "content": question}], tokenizer)
+    ids = ids + [1, *tokenizer.encode("assistant\n")]
+    start = len(ids)
+    while len(ids) < start + 80:
+        attention = PackedAttention([len(ids)])
+        logits = model(torch.tensor(ids), attention.positions, attention, rows=torch.tensor([len(ids) - 1]))
+        token = int(logits.argmax())
+        if token == 2:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[start:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=55.0)
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=0.01, help="of Muon; AdamW's is a fifth of it")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    corpus = texts.read()
+    print(f"{len(corpus.intents)} intents, {len(corpus.dialogues)} dialogues, {len(corpus.lexicon)} words", flush=True)
+    tokenizer = train_tokenizer(corpus, args.out)
+    model = Model(model_config())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.05, momentum=0.95),
+        torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    print(f"{model.config.num_parameters / 1e6:.2f}M parameters", flush=True)
+
+    dialogues = texts.stream(corpus, seed=1)
+    started = shown = time.monotonic()
+    total, step, average = args.minutes * 60, 0, 0.0
+    seen = 0
+    while (elapsed := time.monotonic() - started) < total:
+        batch: list[tuple[list[int], list[float]]] = []
+        while sum(len(ids) for ids, _ in batch) < args.tokens_per_step:
+            batch.append(encode(next(dialogues), tokenizer))
+        batch.sort(key=lambda sample: len(sample[0]))
+        ids = torch.tensor([i for sample, _ in batch for i in sample])
+        targets = torch.tensor([i for sample, _ in batch for i in [*sample[1:], 0]])
+        weights = torch.tensor([w for _, sample in batch for w in [*sample[1:], 0.0]])
+        done = elapsed / total
+        scale = min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.6 + 0.01)
+        for optimizer, rate in zip(optimizers, (args.lr, args.lr / 5), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+        rows = weights.nonzero().squeeze(1)
+        attention = PackedAttention([len(sample) for sample, _ in batch])
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
+            logits = model(ids, attention.positions, attention, rows=rows)
+        losses = F.cross_entropy(logits.float(), targets[rows], reduction="none")
+        loss = (losses * weights[rows]).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step, seen = step + 1, seen + len(ids)
+        average = loss.item() if step == 1 else 0.98 * average + 0.02 * loss.item()
+        if time.monotonic() - shown > 60:
+            shown = time.monotonic()
+            print(f"step {step} loss {average:.4f} {seen / (shown - started):.0f} tokens/s {done:.0%}", flush=True)
+            if step and int((shown - started) / 60) % 10 == 0:
+                for question in SAMPLES:
+                    print("   ", question, "->", answer(model, tokenizer, question), flush=True)
+                save(model, args.out)
+    save(model, args.out)
+    for question in SAMPLES:
+        print("   ", question, "->", answer(model, tokenizer, question), flush=True)
+    print(f"done: {step} steps, {seen} tokens, {(time.monotonic() - started) / 60:.1f} minutes, loss {average:.4f}")
+
+
+if __name__ == "__main__":
+    main()
