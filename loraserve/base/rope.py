@@ -51,9 +51,14 @@ class Rope(torch.nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        freqs, self.factor = inverse_frequencies(config)
-        self.register_buffer("freqs", freqs, persistent=False)
-        self.register_buffer("table", torch.empty(0, 2, config.head_dim), persistent=False)
+        self._config = config
+        self.reset(torch.get_default_device())
+
+    def reset(self, device: torch.device) -> None:
+        """Start over on `device` with an empty table."""
+        freqs, self.factor = inverse_frequencies(self._config)
+        self.freqs = freqs.to(device)
+        self.table = torch.empty(0, 2, self._config.head_dim, device=device)
 
     def forward(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin (N, 1, head_dim) float32 for `positions` (N,), all below `limit`."""

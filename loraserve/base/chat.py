@@ -1,0 +1,86 @@
+"""Chat templates: messages to the prompt text the model was trained on.
+
+Templates come with a base and are not trusted: they run in jinja2's immutable sandbox, set up as transformers does
+(trim_blocks, lstrip_blocks, a `tojson` that does not escape HTML).
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from loraserve.base.tokenizer import Tokenizer
+from loraserve.errors import CheckpointError, InvalidRequest
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+class ChatTemplate:
+    """A base's chat template.
+
+    Raises:
+        CheckpointError: the tokenizer's directory has no template, or one that does not compile.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        source = tokenizer.config.get("chat_template")
+        file = tokenizer.path / "chat_template.jinja"
+        if file.exists():
+            source = file.read_text("utf-8")
+        if isinstance(source, list):  # several named templates
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default") or next(iter(named.values()), None)
+        if not isinstance(source, str):
+            raise CheckpointError(f"no chat template in {tokenizer.path}: add 'chat_template' to tokenizer_config.json")
+        self.source = source
+        self._special_tokens = tokenizer.special_tokens
+        try:
+            self._template = _compile(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"the chat template in {tokenizer.path} does not compile: {error}") from None
+
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Return the prompt text of a conversation.
+
+        Args:
+            messages: each with `role` and `content`; an assistant's may have `reasoning_content` and `tool_calls`.
+            tools: OpenAI's function descriptions.
+            add_generation_prompt: end where the assistant's answer begins.
+            kwargs: passed to the template, such as MiniMind's `open_thinking`.
+
+        Raises:
+            InvalidRequest: the template cannot render these messages; its reason is in the message.
+        """
+        variables = {**self._special_tokens, **kwargs, "messages": messages, "tools": tools}
+        try:
+            return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise InvalidRequest(f"the chat template cannot render these messages: {error}", param="messages") from None

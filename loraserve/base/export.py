@@ -1,0 +1,79 @@
+"""Write a base to disk: a Hugging Face directory or MiniMind's native `.pth`. What is written reads back bit for bit."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from loraserve.base.checkpoint import Checkpoint
+from loraserve.base.hf_config import config_to_hf
+from loraserve.errors import CheckpointError, Conflict, StorageError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def write_hf(checkpoint: Checkpoint, out: Path, tokenizer: Path) -> None:
+    """Write `out/` as a directory that transformers and loraserve load, tokenizer included.
+
+    Raises:
+        Conflict: `out` exists and is not an empty directory.
+        CheckpointError: Hugging Face has no architecture for this base.
+        StorageError: writing failed; nothing is left behind.
+    """
+    dtype = next(iter(checkpoint.tensors.values())).dtype
+    config = config_to_hf(checkpoint.config, str(dtype).removeprefix("torch."))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Conflict(f"{out} exists already; choose another --out or remove it")
+    with _staged(out) as staging:
+        staging.mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, staging / name)
+
+
+def write_minimind(checkpoint: Checkpoint, out: Path) -> None:
+    """Write MiniMind's `.pth`: one state dict in float16 with the tied head repeated, as upstream saves it.
+
+    Raises:
+        Conflict: `out` exists.
+        CheckpointError: the head is not tied, which MiniMind's model cannot express.
+        StorageError: writing failed; nothing is left behind.
+    """
+    if not checkpoint.config.tie_word_embeddings:
+        raise CheckpointError("MiniMind ties lm_head to the embeddings and this model does not; use --format hf")
+    if out.exists():
+        raise Conflict(f"{out} exists already; choose another --out or remove it")
+    state = {name: tensor.half().clone() for name, tensor in checkpoint.tensors.items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with _staged(out) as staging:
+        torch.save(state, staging)
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """Hand out a path beside `out` and move it into place when all went well."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            yield Path(folder) / out.name
+            if out.is_dir():
+                out.rmdir()
+            os.replace(Path(folder) / out.name, out)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise StorageError(f"{out} could not be written: {error}; free some space or choose another place") from None

@@ -1,0 +1,121 @@
+"""Load a base for use: weights on the device, tokenizer, chat template, fingerprint."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraserve.base.chat import ChatTemplate
+from loraserve.base.checkpoint import Checkpoint, read_checkpoint
+from loraserve.base.config import ModelConfig
+from loraserve.base.fingerprint import fingerprint
+from loraserve.base.model import Model
+from loraserve.base.resolve import resolve_base, tokenizer_path
+from loraserve.base.tokenizer import Tokenizer
+from loraserve.errors import CheckpointError, InvalidRequest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base, ready to run."""
+
+    name: str
+    config: ModelConfig
+    model: Model
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    path: Path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return self.config.linear_shapes()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self.tokenizer.eos_ids | set(self.config.eos_token_ids))
+
+
+def load_base(
+    ref: str = "bundled",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    num_attention_heads: int | None = None,
+) -> Base:
+    """Load the base that `ref` names.
+
+    Args:
+        ref: `bundled`, a Hugging Face directory, a native `.pth`, or a hub id `owner/name[@revision]`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        tokenizer: the tokenizer's directory; for a `.pth` by default beside it, then `../model`.
+        num_attention_heads: for a MiniMind 2 `.pth`, which does not record it; 8 by default.
+
+    Raises:
+        ModelNotFound, CheckpointError: see `resolve_base` and `read_checkpoint`.
+        InvalidRequest: a device or dtype that does not exist here.
+    """
+    path = resolve_base(ref)
+    where = pick_device(device)
+    what = pick_dtype(dtype, where)
+    tokens = Tokenizer(tokenizer_path(path, tokenizer))
+    checkpoint = read_checkpoint(path, num_attention_heads=num_attention_heads)
+    if tokens.vocab_size > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {tokens.path} has {tokens.vocab_size} tokens, the base {checkpoint.config.vocab_size}: "
+            "it belongs to another model; give the right one with --tokenizer"
+        )
+    name = path.stem if path.is_file() else ref.partition("@")[0] if not Path(ref).exists() else path.resolve().name
+    model = build_model(checkpoint, where, what)
+    return Base(name, checkpoint.config, model, tokens, ChatTemplate(tokens), fingerprint(checkpoint), where, what, path)
+
+
+_building = threading.Lock()
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
+    """Put a checkpoint's weights into a Model on `device`, frozen, in `dtype`."""
+    with _building, torch.device("meta"):
+        model = Model(checkpoint.config)
+    tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if checkpoint.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rope.reset(device)
+    return model.requires_grad_(False).eval()
+
+
+def pick_device(device: str) -> torch.device:
+    """Turn a `--device` into a torch device; `auto` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise InvalidRequest(f"device {device!r} is not one of auto, cpu, cuda, cuda:N", param="device") from None
+    if picked.type == "cuda" and (not torch.cuda.is_available() or (picked.index or 0) >= torch.cuda.device_count()):
+        raise InvalidRequest(
+            f"device {device!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use --device cpu or auto",
+            param="device",
+        )
+    return picked
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn a `--dtype` into a torch dtype; `auto` is bfloat16 where it is native, else float32 (CPU) or float16 (GPU)."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise InvalidRequest(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}", param="dtype")
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

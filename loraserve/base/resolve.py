@@ -1,0 +1,97 @@
+"""From what a user writes after `--base` to a path on disk: `bundled`, a directory, a `.pth`, or a hub id."""
+
+import re
+from pathlib import Path
+
+from loraserve.errors import CheckpointError, ModelNotFound
+
+BUNDLED = "bundled"
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+SMALL_FILES = ["*.json", "*.model", "*.jinja"]
+
+
+def bundled_path() -> Path:
+    """The directory of the base that comes with the package."""
+    return Path(__file__).parent / BUNDLED
+
+
+def resolve_base(ref: str) -> Path:
+    """Return the directory or `.pth` file that `ref` names, downloading a hub id first.
+
+    Raises:
+        ModelNotFound: nothing there, locally or on the hub.
+        CheckpointError: the hub could not be reached.
+    """
+    if ref == BUNDLED:
+        return bundled_path()
+    path = Path(ref).expanduser()
+    if path.exists():
+        return path
+    match = HUB_ID.fullmatch(ref)
+    if match and not ref.startswith((".", "/")) and path.suffix != ".pth":
+        return _download(match["repo"], match["revision"])
+    raise ModelNotFound(ref, [BUNDLED], hint="a base is 'bundled', a directory, a .pth file or a hub id owner/name")
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        try:
+            files = list_repo_files(repo, revision=revision)
+        except (httpx.HTTPError, OSError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))  # offline: what is cached
+        weights = ["*.safetensors"] if any(name.endswith(".safetensors") for name in files) else ["*.bin"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + weights))
+    except GatedRepoError:
+        raise CheckpointError(f"{repo} is gated: accept its terms on the hub and run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise ModelNotFound(f"{repo}@{revision}", hint="the repository exists, this revision does not") from None
+    except RepositoryNotFoundError:
+        raise ModelNotFound(repo, hint="no such directory here and no such repository on the hub") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(f"the hub cannot be reached and {repo} is not in its local cache") from None
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(f"{repo} could not be downloaded: {str(error).splitlines()[0]}") from None
+
+
+def minimind_weights(from_weight: str, hidden_size: int, use_moe: bool, save_dir: Path) -> Path:
+    """Where MiniMind's own scripts would look for `--from_weight`: `../out`, then `save_dir`.
+
+    Raises:
+        ModelNotFound: in neither; both paths are named.
+    """
+    name = f"{from_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+    places = [Path("../out") / name, save_dir / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ModelNotFound(name, hint=f"looked for {places[0]} and {places[1]}; give the base's path with --base")
+
+
+def tokenizer_path(base: Path, tokenizer: str | None) -> Path:
+    """The directory of the tokenizer: as given, beside the weights, or MiniMind's `../model`.
+
+    Raises:
+        CheckpointError: none of them has one; all are named.
+    """
+    if tokenizer is not None:
+        return Path(tokenizer).expanduser()
+    if base.is_dir():
+        return base
+    places = [base.parent, Path("../model"), base.parent.parent / "model"]
+    for place in places:
+        if (place / "tokenizer.json").exists() or (place / "tokenizer.model").exists():
+            return place
+    shown = ", ".join(str(place) for place in places)
+    raise CheckpointError(f"{base} comes without a tokenizer: looked in {shown}; give its directory with --tokenizer")

@@ -1,0 +1,1 @@
+"""The frozen base: configuration, model, checkpoint formats, tokenizer, chat template."""
