@@ -1,0 +1,48 @@
+"""The engine: `schedule → run → postprocess`. Token ids in, token ids out; not thread-safe, see `worker`."""
+
+from loraserve.engine.runner import Runner
+from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.sequence import Sequence, Token
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self._runner = runner
+        self.scheduler = scheduler
+        self.num_steps = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a sequence, wherever it is; harmless if it has ended already."""
+        if not sequence.aborted:
+            sequence.aborted = True
+            self.scheduler.release(sequence)
+
+    def step(self) -> list[tuple[Sequence, Token]]:
+        """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        sampled = self._runner.run(chunks)
+        self.num_steps += 1
+        for chunk in chunks:
+            chunk.sequence.num_computed += chunk.count
+            self.num_prompt_tokens += chunk.count if chunk.start < len(chunk.sequence.prompt_token_ids) else 0
+        results = []
+        for sequence, token in sampled:
+            reason = sequence.append(token.token_id)
+            self.num_generated_tokens += 1
+            if reason:
+                self.scheduler.release(sequence)
+            results.append((sequence, Token(token.token_id, reason, token.logprob, token.top_logprobs)))
+        return results

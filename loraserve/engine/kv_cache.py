@@ -1,0 +1,87 @@
+"""Keys and values of running sequences: one contiguous slot each, allocated once.
+
+Layout per layer: (slots, KV, max_model_len, D). A slot's history is one strided view, so decoding reads it in place; the
+memory of positions that are never reached is never touched, and so costs nothing on a CPU.
+"""
+
+from collections.abc import Sequence as List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loraserve.base.config import ModelConfig
+from loraserve.engine.scheduler import Chunk
+
+
+class KVCache:
+    """Preallocated keys and values of `num_slots` sequences of up to `max_model_len` tokens."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, max_model_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (num_slots, config.num_key_value_heads, max_model_len, config.head_dim)
+        # Zeros, not empty: a masked position still meets the product 0 · value.
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.num_slots = num_slots
+        self.max_model_len = max_model_len
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+class CachedAttention:
+    """The attention of one step over a KVCache: writes the new keys and values, then attends to each slot's history.
+
+    Args:
+        chunks: the step's chunks, those of one token first; their tokens are the rows, in order.
+    """
+
+    def __init__(self, cache: KVCache, chunks: List[Chunk], positions: Tensor) -> None:
+        device = positions.device
+        self._cache = cache
+        self._positions = positions  # (N,)
+        self.max_position = max(chunk.start + chunk.count for chunk in chunks)
+        slots = [chunk.sequence.slot for chunk in chunks]
+        counts = torch.tensor([chunk.count for chunk in chunks])
+        self._slots = torch.tensor(slots).repeat_interleave(counts).to(device)  # (N,)
+        self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        if b:
+            self._length = max(chunk.start for chunk in chunks[:b]) + 1
+            seen = torch.arange(self._length, device=device) <= positions[:b, None]  # (B, L)
+            self._seen = seen[:, None, None]  # (B, 1, 1, L)
+            first = slots[0]
+            dense = slots[:b] == list(range(first, first + b))
+            self._decoding: slice | Tensor = slice(first, first + b) if dense else self._slots[:b]
+        self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
+        row = b
+        for chunk in chunks[b:]:
+            rows, end = slice(row, row + chunk.count), chunk.start + chunk.count
+            mask = None
+            if chunk.start:
+                mask = torch.arange(end, device=device) <= positions[rows, None]  # (T, end)
+            self._prompts.append((rows, chunk.sequence.slot, end, mask))
+            row += chunk.count
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._slots, :, self._positions] = k
+        values[self._slots, :, self._positions] = v
+        out = torch.empty_like(q)  # (N, H, D)
+        if b := self._num_decoding:
+            # The H/KV query heads that share a key head stand as that head's queries: no key is repeated.
+            grouped = q[:b].unflatten(1, (k.shape[1], -1))  # (B, KV, G, D)
+            past_k = keys[self._decoding][:, :, : self._length]  # (B, KV, L, D)
+            past_v = values[self._decoding][:, :, : self._length]
+            attended = F.scaled_dot_product_attention(grouped, past_k, past_v, attn_mask=self._seen)
+            out[:b] = attended.flatten(1, 2)
+        for rows, slot, end, mask in self._prompts:
+            query = q[rows].transpose(0, 1).unsqueeze(0)  # (1, H, T, D)
+            past = keys[slot, :, :end].unsqueeze(0), values[slot, :, :end].unsqueeze(0)  # (1, KV, end, D)
+            attended = F.scaled_dot_product_attention(
+                query, *past, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            out[rows] = attended[0].transpose(0, 1)
+        return out

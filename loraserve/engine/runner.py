@@ -1,0 +1,58 @@
+"""Run one step: chunks of sequences through the model, with the adapters each asked for."""
+
+import torch
+
+from loraserve.base.model import Model
+from loraserve.engine.kv_cache import CachedAttention, KVCache
+from loraserve.engine.sampler import sample
+from loraserve.engine.scheduler import Chunk
+from loraserve.engine.sequence import Sequence, Token
+from loraserve.lora.adapter import Adapter
+from loraserve.lora.batch import AdapterStack, LoraBatch
+
+
+class Runner:
+    """Owns the model and the cache; turns chunks into sampled tokens."""
+
+    def __init__(self, model: Model, cache: KVCache) -> None:
+        self._model = model
+        self._cache = cache
+        self._device = model.lm_head.weight.device
+        self._stacked: dict[Adapter, int] = {}
+        self._stack = AdapterStack([])
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token]]:
+        """Compute the chunks; return a new token for each sequence whose prompt is complete."""
+        ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        for chunk in chunks:
+            ids += chunk.sequence.tokens(chunk.start, chunk.count)
+            positions += range(chunk.start, chunk.start + chunk.count)
+            if chunk.samples:
+                last_rows.append(len(ids) - 1)
+        where = torch.tensor(positions, device=self._device)
+        logits = self._model(
+            torch.tensor(ids, device=self._device),
+            where,
+            CachedAttention(self._cache, chunks, where),
+            self._lora_batch(chunks),
+            rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+        )
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        return list(zip(sampling, sample(logits, sampling), strict=True)) if sampling else []
+
+    def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
+        active = {adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight}
+        if not active:
+            return None
+        # A stack still fits after adapters left, but columns nobody uses cost time: rebuild it when half are idle.
+        if not active <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
+            self._stacked = {adapter: slot for slot, adapter in enumerate(active)}
+            self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
+        segments = [
+            (chunk.count, [(self._stacked[adapter], weight) for adapter, weight in chunk.sequence.adapters if weight])
+            for chunk in chunks
+        ]
+        return LoraBatch.from_segments(self._stack, segments, self._device)

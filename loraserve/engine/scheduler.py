@@ -1,0 +1,85 @@
+"""Which sequences run in the next step, and how many tokens of each. Pure bookkeeping: no torch, no clock.
+
+Running sequences that decode come first, one token each; what is left of the step's token budget goes to prompts, in
+order of arrival, in chunks. A sequence owns one cache slot from admission to its end, so nothing is ever preempted.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from loraserve.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `start + count` of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the last known token, so that a new one is sampled."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+class Scheduler:
+    """Continuous batching over a fixed number of cache slots.
+
+    Args:
+        num_slots: sequences that can run at once.
+        max_batched_tokens: tokens computed in one step at most.
+        max_adapters: distinct adapters in one step at most.
+    """
+
+    def __init__(self, num_slots: int, max_batched_tokens: int, max_adapters: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free = list(range(num_slots))
+        self._max_batched_tokens = max_batched_tokens
+        self._max_adapters = max_adapters
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Admit what fits and return the chunks of the next step: first those that decode, then prompts."""
+        self._admit()
+        decoding = [s for s in self.running if s.num_computed == s.num_tokens - 1]
+        chunks = [Chunk(s, s.num_computed, 1) for s in decoding]
+        budget = max(self._max_batched_tokens - len(chunks), 0)
+        for sequence in self.running:
+            left = sequence.num_tokens - sequence.num_computed
+            if left > 1 and budget > 0:
+                chunks.append(Chunk(sequence, sequence.num_computed, min(left, budget)))
+                budget -= chunks[-1].count
+        return chunks
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a finished or aborted sequence and free its slot."""
+        if sequence.slot >= 0:
+            heapq.heappush(self._free, sequence.slot)  # lowest slots first keeps the cache dense
+            sequence.slot = -1
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _admit(self) -> None:
+        active = {id(adapter) for s in self.running for adapter, _ in s.adapters}
+        passed_over: deque[Sequence] = deque()
+        while self.waiting and self._free:
+            sequence = self.waiting.popleft()
+            wanted = active | {id(adapter) for adapter, _ in sequence.adapters}
+            if len(wanted) > self._max_adapters and self.running:
+                passed_over.append(sequence)  # later ones may use adapters that are active already
+                continue
+            active = wanted
+            sequence.slot = heapq.heappop(self._free)
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(passed_over))

@@ -1,0 +1,233 @@
+"""One base and its adapters, answering requests: the engine behind `LLM`, the server and the terminal chat.
+
+Callers may be many threads; each gets a `Generation` to iterate. Everything that can be refused is refused in
+`generate`, before anything is queued.
+"""
+
+import queue
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraserve.base.attention import PackedAttention
+from loraserve.base.load import Base
+from loraserve.engine.adapter_cache import AdapterCache
+from loraserve.engine.engine import Engine
+from loraserve.engine.kv_cache import KVCache
+from loraserve.engine.params import SamplingParams
+from loraserve.engine.runner import Runner
+from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.sequence import Sequence, Token
+from loraserve.engine.text import Piece, TextStream
+from loraserve.engine.worker import Event, Worker
+from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
+from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.spec import Spec
+from loraserve.registry import Registry
+
+MAX_BATCHED_TOKENS = 512
+ADAPTER_MEMORY = 1 << 30
+
+
+class Generation:
+    """One answer on its way. Iterating yields Pieces until the one with a finish reason.
+
+    A failure of the request is raised from the iteration as a LoraserveError.
+    """
+
+    def __init__(self, worker: Worker, sequence: Sequence, outbox: "queue.SimpleQueue[Event]", text: TextStream) -> None:
+        self.prompt_tokens = len(sequence.prompt_token_ids)
+        self.completion_tokens = 0
+        self._worker = worker
+        self._sequence = sequence
+        self._outbox = outbox
+        self._text = text
+        self._done = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        piece = self.next()
+        assert piece is not None
+        return piece
+
+    def next(self, timeout: float | None = None) -> Piece | None:
+        """Return the next Piece, made of every token that has arrived; None if none arrives in `timeout` seconds.
+
+        Raises:
+            StopIteration: the answer is complete or was cancelled.
+            LoraserveError: the request or the engine failed.
+        """
+        if self._done:
+            raise StopIteration
+        try:
+            events = [self._outbox.get(timeout=timeout)]
+        except queue.Empty:
+            return None
+        while not self._outbox.empty():
+            events.append(self._outbox.get())
+        failure = next((event for event in events if isinstance(event, LoraserveError)), None)
+        if failure is not None:
+            self._done = True
+            raise failure
+        piece = self._text.push(event for event in events if isinstance(event, Token))
+        self.completion_tokens += len(piece.token_ids)
+        if piece.finish_reason:
+            self.cancel()  # a stop string ends the answer before the engine knows
+        return piece
+
+    def cancel(self) -> None:
+        """Stop generating and free the slot before the next step. Idempotent, callable from any thread."""
+        self._done = True
+        self._worker.abort(self._sequence)
+
+
+class Service:
+    """A base, a registry and an engine.
+
+    Args:
+        max_model_len: tokens of prompt and answer together; by default the base's limit, at most 2048.
+        max_num_seqs: requests that run at once.
+        max_queue: requests that may wait beyond those.
+        kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
+        seed: makes requests without a seed of their own repeatable in order of submission.
+
+    Raises:
+        InvalidRequest: the limits contradict each other.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        registry: Registry,
+        *,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 32,
+        max_queue: int = 64,
+        kv_memory: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        limit = base.config.max_position_embeddings
+        self.max_model_len = max_model_len or min(limit, 2048)
+        if self.max_model_len > limit:
+            raise InvalidRequest(f"max-model-len {max_model_len} is beyond the base's {limit}", param="max_model_len")
+        per_sequence = KVCache.bytes_per_token(base.config, base.dtype) * self.max_model_len
+        self.max_num_seqs = max_num_seqs if kv_memory is None else min(max_num_seqs, kv_memory // per_sequence)
+        if self.max_num_seqs < 1:
+            raise InvalidRequest(
+                f"no sequence fits: one of {self.max_model_len} tokens needs {per_sequence / 2**20:.0f} MiB of keys and "
+                "values; raise --kv-memory or lower --max-model-len",
+                param="kv_memory",
+            )
+        self.base = base
+        self.registry = registry
+        self.max_queue = max_queue
+        self.adapters = AdapterCache(registry, base.device, base.dtype, ADAPTER_MEMORY)
+        cache = KVCache(base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
+        scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), self.max_num_seqs * 16)
+        self._engine = Engine(Runner(base.model, cache), scheduler)
+        self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
+        self._seed = seed
+        self._num_requests = 0
+
+    def start(self) -> None:
+        self._worker.start()
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+    @property
+    def ready(self) -> bool:
+        return self._worker.ready
+
+    def generate(self, prompt_token_ids: list[int], spec: Spec, params: SamplingParams) -> Generation:
+        """Queue a request.
+
+        Args:
+            prompt_token_ids: at least one token.
+            spec: the adapters, see `parse_spec`; () is the base.
+
+        Raises:
+            AdapterNotFound, AdapterRefused: an adapter of the SPEC cannot be used.
+            ContextLengthExceeded: prompt and max_tokens do not fit `max_model_len`.
+            InvalidRequest: an empty prompt, or a token id the base does not have.
+            QueueFull, NotReady: not now.
+        """
+        sequence = self._sequence(prompt_token_ids, spec, params)
+        outbox = self._worker.submit(sequence)
+        text = TextStream(self.base.tokenizer, params.stop, params.logprobs is not None)
+        return Generation(self._worker, sequence, outbox, text)
+
+    def logits(self, token_ids: list[int], spec: Spec = ()) -> Tensor:
+        """Return the logits (T, vocab_size) float32 after each of `token_ids`, computed without a cache."""
+        sequence = self._sequence(token_ids, spec, SamplingParams(max_tokens=1))
+
+        def run() -> Tensor:
+            attention = PackedAttention([len(token_ids)], self.base.device)
+            stack = AdapterStack([adapter.weights for adapter, _ in sequence.adapters])
+            entries = [(slot, weight) for slot, (_, weight) in enumerate(sequence.adapters)]
+            lora = LoraBatch.from_segments(stack, [(len(token_ids), entries)], self.base.device)
+            ids = torch.tensor(token_ids, device=self.base.device)
+            with torch.inference_mode():
+                return self.base.model(ids, attention.positions, attention, lora).float()
+
+        return self._worker.call(run)
+
+    def loaded(self) -> list[str]:
+        """Names of the adapters that are in the device's memory."""
+        return self.adapters.names()
+
+    def unload(self, name: str) -> bool:
+        """Drop an adapter's device copy; requests that run on it end undisturbed."""
+        return self.adapters.drop(name)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges, as `/metrics` and `/health` show them."""
+        scheduler = self._engine.scheduler
+        return {
+            "ready": self.ready,
+            "requests_running": len(scheduler.running),
+            "requests_waiting": max(self._worker.num_requests - len(scheduler.running), 0),
+            "max_num_seqs": self.max_num_seqs,
+            "max_queue": self.max_queue,
+            "max_model_len": self.max_model_len,
+            "requests_total": self._num_requests,
+            "steps_total": self._engine.num_steps,
+            "prompt_tokens_total": self._engine.num_prompt_tokens,
+            "generated_tokens_total": self._engine.num_generated_tokens,
+            "adapters_loaded": len(self.adapters.names()),
+            "adapter_bytes": self.adapters.num_bytes,
+        }
+
+    def _sequence(self, prompt: list[int], spec: Spec, params: SamplingParams) -> Sequence:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        vocab = self.base.config.vocab_size
+        if not all(0 <= token_id < vocab for token_id in prompt):
+            raise InvalidRequest(f"the prompt has token ids outside 0 to {vocab - 1}", param="prompt")
+        room = self.max_model_len - len(prompt)
+        if room < (params.max_tokens or 1):
+            asked = f" and max_tokens {params.max_tokens}" if params.max_tokens else ""
+            raise ContextLengthExceeded(
+                f"the prompt's {len(prompt)} tokens{asked} do not fit the context of {self.max_model_len} tokens; "
+                "shorten the conversation or lower max_tokens",
+                param="max_tokens" if 0 < room else "messages",
+            )
+        self._num_requests += 1
+        if params.seed is not None:
+            seed = params.seed
+        else:
+            seed = secrets.randbits(63) if self._seed is None else hash((self._seed, self._num_requests))
+        eos = frozenset() if params.ignore_eos else self.base.eos_ids
+        return Sequence(
+            prompt_token_ids=list(prompt),
+            params=params,
+            max_tokens=params.max_tokens or room,
+            adapters=tuple((a, w) for a, w in self.adapters.resolve(spec) if w),
+            stop_ids=eos | frozenset(params.stop_token_ids),
+            seed=seed,
+        )

@@ -1,0 +1,133 @@
+"""The one thread that owns the model. Everybody else hands it sequences and reads per-request queues.
+
+A failure of one request fails that request. A crash of the step fails every waiter with a clear error and ends
+readiness; nothing hangs. An aborted sequence frees its slot before the next step.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from loraserve.engine.engine import Engine
+from loraserve.engine.sequence import Sequence, Token
+from loraserve.errors import LoraserveError, NotReady, QueueFull
+
+log = logging.getLogger(__name__)
+Event = Token | LoraserveError
+
+
+class Worker:
+    """Runs an Engine in its own thread.
+
+    Args:
+        max_requests: requests running and waiting at once; one more is refused with QueueFull.
+    """
+
+    def __init__(self, engine: Engine, max_requests: int) -> None:
+        self._engine = engine
+        self._max_requests = max_requests
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outboxes: dict[Sequence, queue.SimpleQueue[Event]] = {}
+        self._lock = threading.Lock()  # guards _outboxes and _failure
+        self._failure: str | None = "the engine is not started"
+        self._thread = threading.Thread(target=self._run, name="loraserve-engine", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        return self._failure is None
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._outboxes)
+
+    def start(self) -> None:
+        self._failure = None
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what is in flight and end the thread."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join()
+
+    def submit(self, sequence: Sequence) -> "queue.SimpleQueue[Event]":
+        """Queue a sequence; its tokens, or the error that ended it, arrive in the returned queue.
+
+        Raises:
+            QueueFull: `max_requests` are in flight.
+            NotReady: the engine is not running.
+        """
+        outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        with self._lock:
+            if self._failure is not None:
+                raise NotReady(self._failure)
+            if len(self._outboxes) >= self._max_requests:
+                raise QueueFull(f"all {self._max_requests} places are taken; try again in a moment")
+            self._outboxes[sequence] = outbox
+        self._inbox.put(lambda: self._engine.add(sequence))
+        return outbox
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a sequence; nothing more arrives in its queue. Harmless if it has ended."""
+        with self._lock:
+            known = self._outboxes.pop(sequence, None) is not None
+        if known:
+            self._inbox.put(lambda: self._engine.abort(sequence))
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run `function` in the engine's thread between two steps and return its result.
+
+        Raises:
+            NotReady: the engine is not running.
+        """
+        if not self.ready:
+            raise NotReady(str(self._failure))
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future.result()
+
+    def _run(self) -> None:
+        try:
+            while self._drain():
+                for sequence, token in self._engine.step():
+                    self._deliver(sequence, token)
+            self._fail("the engine has been stopped")
+        except Exception as error:
+            log.exception("the engine's step crashed")
+            self._fail(f"the engine crashed ({type(error).__name__}: {error}); restart the server")
+
+    def _drain(self) -> bool:
+        """Take commands until there is work; return False when told to stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _deliver(self, sequence: Sequence, token: Token) -> None:
+        with self._lock:
+            outbox = self._outboxes.get(sequence)
+            if outbox is not None and token.finish_reason:
+                del self._outboxes[sequence]
+        if outbox is not None:
+            outbox.put(token)
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            self._failure = reason
+            waiting, self._outboxes = self._outboxes, {}
+        for outbox in waiting.values():
+            outbox.put(NotReady(reason))
