@@ -34,7 +34,7 @@ def resolve_base(ref: str) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    import httpx
+    import httpx2 as httpx
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
