@@ -94,6 +94,18 @@ class DataError(LoraserveError):
     code = "bad_data"
 
 
+class TrainingFailed(LoraserveError):
+    """The loss or its gradient is no longer a number. Nothing was published."""
+
+    code = "training_failed"
+
+
+class TrainingInterrupted(LoraserveError):
+    """A signal stopped a training run; its state is saved and the message says how to go on."""
+
+    code = "interrupted"
+
+
 class StorageError(LoraserveError):
     """Writing failed (disk full, no permission). What was there before is still there."""
 

@@ -1,0 +1,112 @@
+"""A batch of dialogues laid end to end without padding, and its loss through the serving path.
+
+    loss = Σ over supervised t of -log p(x[t+1] | x[..t])
+
+Rows after a dialogue's last supervised target predict nothing that is asked for and nothing sees them, so they are not
+run at all; only the rows that predict a supervised token reach the head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loraserve.base.attention import PackedAttention
+from loraserve.base.model import MixtureOfExperts, Model
+from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.train.data import Sample
+
+ROUTER_LOSS_WEIGHT = 5e-4
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several dialogues as one flat sequence of rows."""
+
+    input_ids: Tensor
+    """(N,) int64."""
+    lengths: list[int]
+    """Rows of each dialogue; their sum is N."""
+    rows: Tensor
+    """(M,) int64: the rows whose next token is supervised."""
+    targets: Tensor
+    """(M,) int64: those next tokens."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_supervised(self) -> int:
+        return self.targets.numel()
+
+
+def pack(samples: Sequence[Sample]) -> PackedBatch:
+    """Lay `samples` end to end. Each must have a supervised token after its first."""
+    ids, lengths, rows, targets, start = [], [], [], [], 0
+    for sample in samples:
+        at = sample.supervised[1:].nonzero().squeeze(1)  # (m,) rows that predict a supervised token
+        length = int(at[-1]) + 1
+        ids.append(sample.input_ids[:length])
+        targets.append(sample.input_ids[at + 1])
+        rows.append(at + start)
+        lengths.append(length)
+        start += length
+    return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long())
+
+
+def logits_of(model: Model, batch: PackedBatch, stack: AdapterStack | None) -> Tensor:
+    """Logits (M, vocab_size) float32 of the rows of `batch` that predict a supervised token.
+
+    Args:
+        stack: the one adapter applied to every row, or None for the base alone.
+    """
+    device = model.lm_head.weight.device
+    attention = PackedAttention(batch.lengths, device)
+    lora = LoraBatch(stack, torch.ones(batch.num_rows, 1, device=device)) if stack is not None else None
+    input_ids, rows = batch.input_ids.to(device), batch.rows.to(device)
+    return model(input_ids, attention.positions, attention, lora, rows=rows).float()
+
+
+def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None) -> Tensor:
+    """Cross-entropy summed over the batch's supervised tokens, a float32 scalar."""
+    logits = logits_of(model, batch, stack)
+    return F.cross_entropy(logits, batch.targets.to(logits.device), reduction="sum")
+
+
+class RouterLoss:
+    """MiniMind-3's auxiliary loss of a mixture of experts, gathered from one forward pass inside a `with`.
+
+        5e-4 · Σ over layers of E · Σ over experts e of load_e · mean score_e
+
+    load_e is the share of the batch's tokens that go to expert e. MiniMind also counts its padding rows; there are none
+    here.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._layers = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        self._logits: list[Tensor] = []
+
+    def __enter__(self) -> "RouterLoss":
+        self._hooks = [
+            layer.gate.register_forward_hook(lambda _module, _inputs, logits: self._logits.append(logits))
+            for layer in self._layers
+        ]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self) -> Tensor | float:
+        """The loss of the forward passes since the last call; 0.0 for a dense model."""
+        total: Tensor | float = 0.0
+        for layer, logits in zip(self._layers, self._logits, strict=True):
+            scores = logits.float().softmax(dim=-1)  # (N, E)
+            experts = scores.shape[1]
+            load = F.one_hot(scores.topk(layer.top_k, dim=-1).indices, experts).float().mean(0)  # (top_k, E)
+            total = total + ROUTER_LOSS_WEIGHT * experts * (load * scores.mean(0)).sum()
+        self._logits.clear()
+        return total

@@ -1,0 +1,124 @@
+"""The state of an unfinished run on disk: enough to go on and end with the same adapter, bit for bit.
+
+Kept in one folder per adapter name, `<adapters-dir>/.training/<name>/` or `<save_dir>/<name>/`:
+
+    checkpoint.pt     weights, optimizer state, loss scaler, position; replaced atomically
+    metrics.jsonl     the losses so far
+
+The position is the number of micro-batches done, always at an optimizer step. Data order and every other random choice
+follow from the seed and the position (`data`), so no generator's state is kept. A lock that dies with its process keeps
+two runs off one name.
+"""
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor
+
+from loraserve.errors import CheckpointError, Conflict, InvalidRequest, StorageError
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What is needed to go on after `step` micro-batches."""
+
+    step: int
+    recipe: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    seconds: float
+    """Time trained so far."""
+    wandb_id: str | None = None
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {what}: {error.strerror or error}") from None
+
+
+@contextmanager
+def exclusive(name: str, folders: Iterable[Path]) -> Iterator[None]:
+    """Hold the name `name` in each of `folders`; raises Conflict at once if another process has it."""
+    with ExitStack() as stack:
+        for folder in sorted(set(folders)):
+            with storage_errors(str(folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(folder / f"{name}.lock", timeout=0)
+                try:
+                    stack.enter_context(lock)
+                except filelock.Timeout:
+                    raise Conflict(
+                        f"another run is training {name!r} in {folder}; wait for it, or choose another --name"
+                    ) from None
+        yield
+
+
+def save_state(folder: Path, state: RunState) -> None:
+    """Replace the checkpoint in `folder`. A crash at any moment leaves the old one or the new one."""
+    path = folder / CHECKPOINT
+    scratch = folder / f"{CHECKPOINT}.tmp"
+    with storage_errors(str(path)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            torch.save(asdict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
+    """Read the checkpoint in `folder`, None if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        InvalidRequest: it was made with another recipe; every difference is named.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = RunState(**torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise CheckpointError(f"{path} cannot be read ({reason}); delete it or train without --resume") from None
+    keys = [*recipe, *(key for key in state.recipe if key not in recipe)]
+    changed = [
+        f"{key} was {state.recipe.get(key)!r} and is {recipe.get(key)!r}"
+        for key in keys
+        if state.recipe.get(key) != recipe.get(key)
+    ]
+    if changed:
+        raise InvalidRequest(
+            f"the run in {folder} cannot be resumed with another recipe: {'; '.join(changed)}; "
+            "use the same options, or start over without --resume",
+            param="resume",
+        )
+    return state
+
+
+def discard(folder: Path) -> None:
+    """Remove what an ended run left in `folder`, and the folder if nothing else is in it."""
+    for name in (CHECKPOINT, f"{CHECKPOINT}.tmp", METRICS):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

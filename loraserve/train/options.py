@@ -1,0 +1,86 @@
+"""What a training run is asked to do, and the part of it that decides which adapter comes out."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import InvalidRequest
+from loraserve.lora.spec import check_name
+from loraserve.train.data import Augmentation
+
+REDUCTIONS = ("tokens", "mean")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One run of `loraserve train`. Field names are the command line's, LoRA's own words are PEFT's."""
+
+    data: Path
+    name: str
+    targets: str | list[str] = "all-linear"
+    """A preset, module names, or a regex over module paths."""
+    r: int | None = None
+    """Rank; 8, and 16 for the preset `minimind`."""
+    lora_alpha: float | None = None
+    """2·r, and r for the preset `minimind`, whose adapters have scale 1."""
+    epochs: int = 10
+    batch_size: int = 16
+    """Dialogues in one micro-batch."""
+    accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    grad_clip: float = 1.0
+    loss_reduction: str = "tokens"
+    """`tokens`: every supervised token of an optimizer step weighs the same. `mean`: MiniMind's mean of means."""
+    max_seq_len: int | None = None
+    val_split: float = 0.0
+    augmentation: Augmentation = Augmentation()
+    seed: int = 42
+    log_interval: int = 10
+    save_interval: int = 100
+    save_dir: Path | None = None
+    """Where the state of the unfinished run is kept, in a folder of the adapter's name."""
+    resume: bool = False
+    wandb_project: str | None = None
+
+    def check(self) -> None:
+        """Raise InvalidRequest for a value that cannot be trained with."""
+        check_name(self.name, param="name")
+        for field in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
+            if getattr(self, field) < 1:
+                raise InvalidRequest(f"{field} must be at least 1, not {getattr(self, field)}", param=field)
+        for field in ("learning_rate", "grad_clip"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise InvalidRequest(f"{field} must be above 0, not {getattr(self, field)}", param=field)
+        for field, value in (
+            ("val_split", self.val_split),
+            ("system_prompt", self.augmentation.system_prompt),
+            ("drop_empty_think", self.augmentation.drop_empty_think),
+        ):
+            if not 0 <= value <= 1 or (field == "val_split" and value == 1):
+                raise InvalidRequest(f"{field} must be between 0 and 1, not {value}", param=field)
+        if self.r is not None and self.r < 1:
+            raise InvalidRequest(f"the rank must be at least 1, not {self.r}", param="r")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise InvalidRequest(f"lora_alpha must be above 0, not {self.lora_alpha}", param="lora_alpha")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise InvalidRequest(f"max_seq_len must be at least 2, not {self.max_seq_len}", param="max_seq_len")
+        if self.loss_reduction not in REDUCTIONS:
+            raise InvalidRequest(f"loss_reduction is one of {', '.join(REDUCTIONS)}", param="loss_reduction")
+
+    @property
+    def rank(self) -> int:
+        return self.r if self.r is not None else 16 if self.targets == "minimind" else 8
+
+    @property
+    def alpha(self) -> float:
+        if self.lora_alpha is not None:
+            return self.lora_alpha
+        return self.rank if self.targets == "minimind" else 2 * self.rank
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that, with the data and the base, decide the adapter: equal recipes give equal weights."""
+        fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
+        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "seed")}
+        lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
+        return {"data": self.data.name, **lora, **chosen, **dataclasses.asdict(self.augmentation)}

@@ -1,0 +1,162 @@
+"""Optimizer steps over an adapter's weights; the base never changes.
+
+One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
+
+    tokens:  loss = Σ over the window of summed cross-entropy / supervised tokens of the window
+    mean:    loss = Σ over the window of mean cross-entropy / accumulation_steps
+
+With `tokens` a window is exactly one big batch; `mean` is MiniMind's, where experts add their router loss. Weights and
+optimizer state change only at the end of a window, so an interruption inside one leaves the state of the last step.
+float16 scales the loss so that gradients do not vanish.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraserve.base.model import Model
+from loraserve.errors import TrainingFailed
+from loraserve.lora.adapter import LoraWeight
+from loraserve.lora.batch import AdapterStack
+from loraserve.train.batch import PackedBatch, RouterLoss, summed_loss
+from loraserve.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one micro-batch did."""
+
+    step: int
+    """Micro-batches so far, this one included."""
+    loss: float
+    """Mean cross-entropy over its supervised tokens."""
+    lr: float
+    grad_norm: float | None
+    """Before clipping; None where no optimizer step follows this micro-batch."""
+    supervised_tokens: int
+    tokens: int
+    """Rows run."""
+
+
+class AdapterOptimizer:
+    """Trains `weights` on `model`.
+
+    Args:
+        model: the frozen base.
+        weights: {target: LoraWeight} whose A and B are float32 parameters on the model's device.
+        total_steps: micro-batches of the whole run, for the schedule.
+        loss_reduction: `tokens` or `mean`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Mapping[str, LoraWeight],
+        *,
+        total_steps: int,
+        peak_learning_rate: float,
+        grad_clip: float = 1.0,
+        accumulation_steps: int = 1,
+        loss_reduction: str = "tokens",
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.stack = AdapterStack([weights])
+        self.step = 0
+        self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
+        self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
+        self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
+        self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate)
+        half = model.lm_head.weight.dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(model.lm_head.weight.device.type, enabled=half)
+
+    def advance(self, window: Sequence[PackedBatch], stop: Callable[[], bool] = lambda: False) -> list[StepRecord]:
+        """Take one optimizer step over the micro-batches of `window`.
+
+        Args:
+            stop: asked after every micro-batch; once true the window is abandoned.
+
+        Returns:
+            a record per micro-batch; none if it was abandoned, and then nothing has changed.
+
+        Raises:
+            TrainingFailed: the loss or the gradient is not finite; weights and optimizer are as before the window.
+        """
+        window_tokens = sum(batch.num_supervised for batch in window)
+        losses: list[Tensor] = []
+        with RouterLoss(self.model) as router:
+            for batch in window:
+                loss = summed_loss(self.model, batch, self.stack)
+                losses.append(loss.detach() / batch.num_supervised)
+                router_loss = router.take()
+                if self._mean:
+                    loss = (loss / batch.num_supervised + router_loss) / self._accumulation
+                else:
+                    loss = loss / window_tokens
+                self._scaler.scale(loss).backward()
+                if stop():
+                    self._adamw.zero_grad()
+                    return []
+        self._scaler.unscale_(self._adamw)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        *values, grad_norm = torch.stack([*losses, norm]).tolist()
+        rates = [learning_rate(self.step + i, self._total, self._peak) for i in range(1, len(window) + 1)]
+        self._check_finite(values, grad_norm, rates[-1])
+        for group in self._adamw.param_groups:
+            group["lr"] = rates[-1]
+        self._scaler.step(self._adamw)
+        self._scaler.update()
+        self._adamw.zero_grad()
+        self.step += len(window)
+        return [
+            StepRecord(
+                step=self.step - len(window) + i + 1,
+                loss=values[i],
+                lr=rates[i],
+                grad_norm=grad_norm if i == len(window) - 1 else None,
+                supervised_tokens=batch.num_supervised,
+                tokens=batch.num_rows,
+            )
+            for i, batch in enumerate(window)
+        ]
+
+    def _check_finite(self, losses: list[float], grad_norm: float, rate: float) -> None:
+        wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if wrong is not None:
+            what, value, step = "loss", losses[wrong], self.step + wrong + 1
+        elif not math.isfinite(grad_norm) and not self._scaler.is_enabled():  # the scaler skips such a step by itself
+            what, value, step = "gradient", grad_norm, self.step + len(losses)
+        else:
+            return
+        self._adamw.zero_grad()
+        advice = "or --dtype float32" if self.model.lm_head.weight.dtype != torch.float32 else "or a lower --grad-clip"
+        raise TrainingFailed(
+            f"the {what} became {value} at step {step} of {self._total} (learning rate {rate:.2e}); nothing was "
+            f"published; try --learning-rate {self._peak / 10:.0e} {advice}",
+            param="learning_rate",
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes while training, as it is until the next step: save it before."""
+        weights = {f"{target}.{label}": tensor for target, label, tensor in self._named()}
+        return {
+            "step": self.step,
+            "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
+            "optimizer": self._adamw.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, step: int, weights: Mapping[str, Tensor], optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
+        """Take up what `state` returned."""
+        self.step = step
+        for target, label, tensor in self._named():
+            tensor.copy_(weights[f"{target}.{label}"])
+        self._adamw.load_state_dict(optimizer)
+        self._scaler.load_state_dict(scaler)
+
+    def _named(self) -> list[tuple[str, str, Tensor]]:
+        return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in (("A", w.A), ("B", w.B))]
