@@ -2,7 +2,7 @@
 
     python examples/base/train.py --out loraserve/base/bundled --minutes 55
 
-A MiniMind-3 of 7.5M parameters, in bf16 on a CPU that has it (else float32). Hidden matrices are trained with Muon
+A MiniMind-3 of 6.7M parameters, in bf16 on a CPU that has it (else float32). Hidden matrices are trained with Muon
 (momentum orthogonalised, K. Jordan 2024), embeddings and norms with AdamW, on packed dialogues without padding through
 the same forward pass that serves. The learning rate falls linearly over the last 60% of the time.
 """
@@ -12,12 +12,14 @@ import io
 import json
 import math
 import random
+import tempfile
 import time
 from pathlib import Path
 
 import corpus as texts
 import sentencepiece
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
@@ -41,7 +43,7 @@ def model_config() -> ModelConfig:
     return ModelConfig(
         vocab_size=VOCAB,
         hidden_size=hidden,
-        num_hidden_layers=7,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
@@ -119,73 +121,131 @@ def answer(model: Model, tokenizer: sentencepiece.SentencePieceProcessor, questi
     return tokenizer.decode(ids[start:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=55.0)
-    parser.add_argument("--tokens-per-step", type=int, default=4096)
-    parser.add_argument("--lr", type=float, default=0.01, help="of Muon; AdamW's is a fifth of it")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+class Team:
+    """Workers that train one model together, a thread each: small matrices gain little from threads within one of them.
 
+    Gradients are averaged; each worker orthogonalises its share of the matrices and hands the result to the others.
+    """
+
+    def __init__(self, rank: int, size: int, model: Model, lr: float) -> None:
+        self.rank, self.size = rank, size
+        hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+        self.parameters = hidden + others
+        self.shares = [hidden[i::size] for i in range(size)]
+        self.optimizers = [
+            torch.optim.Muon(self.shares[rank], lr=lr, weight_decay=0.05, momentum=0.95),
+            torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.rates = (lr, lr / 5)
+
+    def step(self, scale: float) -> None:
+        gradients = [p.grad for p in self.parameters]
+        if self.size > 1:
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            distributed.all_reduce(flat)
+            flat /= self.size
+            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(mean)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.size > 1:
+            with torch.no_grad():
+                for owner, share in enumerate(self.shares):
+                    flat = torch._utils._flatten_dense_tensors([p.data for p in share])
+                    distributed.broadcast(flat, owner)
+                    for parameter, new in zip(share, torch._utils._unflatten_dense_tensors(flat, share), strict=True):
+                        parameter.copy_(new)
+
+    def agree(self, value: float) -> float:
+        """Worker 0's value, for all."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        distributed.broadcast(shared, 0)
+        return shared.item()
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if args.workers > 1:
+        store = distributed.FileStore(args.meeting, args.workers)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=args.workers)
     corpus = texts.read()
-    print(f"{len(corpus.intents)} intents, {len(corpus.dialogues)} dialogues, {len(corpus.lexicon)} words", flush=True)
-    tokenizer = train_tokenizer(corpus, args.out)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
     model = Model(model_config())
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.05, momentum=0.95),
-        torch.optim.AdamW(others, lr=args.lr / 5, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    print(f"{model.config.num_parameters / 1e6:.2f}M parameters", flush=True)
-
-    dialogues = texts.stream(corpus, seed=1)
+    team = Team(rank, args.workers, model, args.lr)
+    dialogues = texts.stream(corpus, seed=1 + rank)
     started = shown = time.monotonic()
-    total, step, average = args.minutes * 60, 0, 0.0
-    seen = 0
-    while (elapsed := time.monotonic() - started) < total:
+    total, step, average, seen = args.minutes * 60, 0, 0.0, 0
+    while (done := team.agree((time.monotonic() - started) / total)) < 1:
         batch: list[tuple[list[int], list[float]]] = []
-        while sum(len(ids) for ids, _ in batch) < args.tokens_per_step:
+        while sum(len(ids) for ids, _ in batch) < args.tokens_per_step // args.workers:
             batch.append(encode(next(dialogues), tokenizer))
-        batch.sort(key=lambda sample: len(sample[0]))
-        ids = torch.tensor([i for sample, _ in batch for i in sample])
-        targets = torch.tensor([i for sample, _ in batch for i in [*sample[1:], 0]])
-        weights = torch.tensor([w for _, sample in batch for w in [*sample[1:], 0.0]])
-        done = elapsed / total
-        scale = min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.6 + 0.01)
-        for optimizer, rate in zip(optimizers, (args.lr, args.lr / 5), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * scale
-        rows = weights.nonzero().squeeze(1)
-        attention = PackedAttention([len(sample) for sample, _ in batch])
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
-            logits = model(ids, attention.positions, attention, rows=rows)
-        losses = F.cross_entropy(logits.float(), targets[rows], reduction="none")
-        loss = (losses * weights[rows]).sum() / weights.sum()
+        loss = loss_of(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step, seen = step + 1, seen + len(ids)
-        average = loss.item() if step == 1 else 0.98 * average + 0.02 * loss.item()
-        if time.monotonic() - shown > 60:
+        team.step(scale=min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.6 + 0.01))
+        step, seen = step + 1, seen + sum(len(ids) for ids, _ in batch) * args.workers
+        average = loss.item() if step == 1 else 0.97 * average + 0.03 * loss.item()
+        if rank == 0 and time.monotonic() - shown > 60:
             shown = time.monotonic()
             print(f"step {step} loss {average:.4f} {seen / (shown - started):.0f} tokens/s {done:.0%}", flush=True)
-            if step and int((shown - started) / 60) % 10 == 0:
-                for question in SAMPLES:
-                    print("   ", question, "->", answer(model, tokenizer, question), flush=True)
+            if int((shown - started) / 60) % 8 == 0:
+                show(model, tokenizer)
                 save(model, args.out)
-    save(model, args.out)
+    if rank == 0:
+        save(model, args.out)
+        show(model, tokenizer)
+        print(f"{step} steps, {seen} tokens, {(time.monotonic() - started) / 60:.1f} minutes, loss {average:.4f}")
+    if args.workers > 1:
+        distributed.destroy_process_group()
+
+
+def loss_of(model: Model, batch: list[tuple[list[int], list[float]]]) -> torch.Tensor:
+    """Weighted cross-entropy of packed dialogues, () float32."""
+    ids = torch.tensor([i for sample, _ in batch for i in sample])
+    targets = torch.tensor([i for sample, _ in batch for i in [*sample[1:], 0]])
+    weights = torch.tensor([w for _, sample in batch for w in [*sample[1:], 0.0]])
+    rows = weights.nonzero().squeeze(1)
+    attention = PackedAttention([len(sample) for sample, _ in batch])
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        logits = model(ids, attention.positions, attention, rows=rows)
+    losses = F.cross_entropy(logits.float(), targets[rows], reduction="none")
+    return (losses * weights[rows]).sum() / weights.sum()
+
+
+def show(model: Model, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
     for question in SAMPLES:
         print("   ", question, "->", answer(model, tokenizer, question), flush=True)
-    print(f"done: {step} steps, {seen} tokens, {(time.monotonic() - started) / 60:.1f} minutes, loss {average:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=55.0)
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW's is a fifth of it")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share each step, one core each")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    corpus = texts.read()
+    print(f"{len(corpus.intents)} intents, {len(corpus.dialogues)} dialogues, {len(corpus.lexicon)} words", flush=True)
+    train_tokenizer(corpus, args.out)
+    print(f"{model_config().num_parameters / 1e6:.2f}M parameters", flush=True)
+    if args.workers == 1:
+        work(0, args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.meeting = f"{folder}/store"
+        torch.multiprocessing.spawn(work, (args,), nprocs=args.workers)
 
 
 if __name__ == "__main__":
