@@ -1,0 +1,79 @@
+"""How long a newcomer waits: `--help`, the server's start, the first token, measured from outside with real processes."""
+
+import http.client
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from loraserve.errors import LoraserveError
+
+QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "temperature": 0, "max_tokens": 16}
+
+
+def run(*, repeats: int = 5, base: str = "bundled") -> dict[str, float]:
+    """Return medians: seconds of `--help`, seconds from launch to ready, milliseconds to the first streamed token."""
+    helps, starts, firsts = [], [], []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "loraserve", "--help"], check=True, stdout=subprocess.DEVNULL)
+        helps.append(time.perf_counter() - began)
+        port = _free_port()
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "loraserve", "serve", "--base", base, "--port", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_until_ready(server, port)
+            starts.append(time.perf_counter() - began)
+            _first_token(port)  # warm-up
+            firsts += [_first_token(port) for _ in range(5)]
+        finally:
+            server.terminate()
+            server.wait()
+    return {
+        "help_s": round(statistics.median(helps), 3),
+        "start_s": round(statistics.median(starts), 2),
+        "ttft_ms": round(statistics.median(firsts) * 1e3, 1),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(server: subprocess.Popen[Any], port: int, timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and server.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.02)
+    raise LoraserveError(f"the server did not become ready (exit code {server.poll()}); run `loraserve serve` to see why")
+
+
+def _first_token(port: int) -> float:
+    """Seconds from sending a streamed chat request to its first text."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    began = time.perf_counter()
+    connection.request("POST", "/v1/chat/completions", json.dumps(QUESTION), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    try:
+        for line in response:
+            if line.startswith(b"data: {"):
+                choices = json.loads(line[6:])["choices"]
+                if choices and choices[0]["delta"].get("content"):
+                    return time.perf_counter() - began
+    finally:
+        connection.close()
+    raise LoraserveError("the server's answer had no text")

@@ -1,0 +1,66 @@
+"""Scheduling is bookkeeping: checked without a model."""
+
+from loraserve.engine.params import SamplingParams
+from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.sequence import Sequence
+
+
+def sequence(length: int, *adapters: object) -> Sequence:
+    return Sequence(list(range(length)), SamplingParams(), 50, adapters=tuple((a, 1.0) for a in adapters))
+
+
+def advance(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        samples = chunk.samples
+        chunk.sequence.num_computed += chunk.count
+        if samples:
+            chunk.sequence.append(7)
+    return [(c.sequence, c.start, c.count) for c in chunks]
+
+
+def test_decoding_comes_first_and_prompts_share_the_rest_of_the_budget() -> None:
+    scheduler = Scheduler(num_slots=4, max_batched_tokens=10, max_adapters=4)
+    short, long = sequence(3), sequence(18)
+    scheduler.add(short)
+    scheduler.add(long)
+    assert advance(scheduler) == [(short, 0, 3), (long, 0, 7)]
+    assert advance(scheduler) == [(short, 3, 1), (long, 7, 9)]
+    assert advance(scheduler) == [(short, 4, 1), (long, 16, 2)]
+    assert advance(scheduler) == [(short, 5, 1), (long, 18, 1)]
+
+
+def test_slots_are_reused_lowest_first_and_arrival_order_is_kept() -> None:
+    scheduler = Scheduler(num_slots=2, max_batched_tokens=10, max_adapters=4)
+    a, b, c, d = (sequence(2) for _ in range(4))
+    for s in (a, b, c, d):
+        scheduler.add(s)
+    advance(scheduler)
+    assert (a.slot, b.slot, c.slot) == (0, 1, -1)
+    scheduler.release(a)
+    advance(scheduler)
+    assert (c.slot, d.slot) == (0, -1)
+    scheduler.release(d)
+    scheduler.release(b)
+    scheduler.release(c)
+    assert not scheduler.has_work
+
+
+def test_too_many_adapters_wait_while_others_pass() -> None:
+    scheduler = Scheduler(num_slots=4, max_batched_tokens=100, max_adapters=1)
+    one, two = object(), object()
+    first, other, same, plain = sequence(2, one), sequence(2, two), sequence(2, one), sequence(2)
+    for s in (first, other, same, plain):
+        scheduler.add(s)
+    assert [s for s, _, _ in advance(scheduler)] == [first, same, plain]
+    scheduler.release(first)
+    scheduler.release(same)
+    assert other in [s for s, _, _ in advance(scheduler)]
+
+
+def test_tokens_cross_from_prompt_to_answer() -> None:
+    s = sequence(4)
+    s.output_token_ids = [90, 91, 92]
+    assert s.tokens(2, 4) == [2, 3, 90, 91]
+    assert s.tokens(5, 1) == [91]
+    assert s.tokens(0, 7) == [0, 1, 2, 3, 90, 91, 92]

@@ -1,0 +1,124 @@
+"""What is refused before anything is queued, what a crash does, and that a republished adapter is noticed."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from loraserve.engine.llm import LLM
+from loraserve.engine.params import SamplingParams
+from loraserve.engine.service import Service
+from loraserve.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, NotReady, QueueFull
+from loraserve.lora.config import LoraConfig
+from loraserve.lora.spec import parse_spec
+
+ENDLESS = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+
+
+def test_bad_requests_are_refused_and_the_next_good_one_is_answered(service: Service) -> None:
+    with pytest.raises(AdapterNotFound, match="did you mean 'a'"):
+        service.generate([1], parse_spec("aa"), ENDLESS)
+    with pytest.raises(ContextLengthExceeded, match="192"):
+        service.generate([1], (), SamplingParams(max_tokens=10_000_000))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        service.generate([1] * 192, (), SamplingParams())
+    assert caught.value.param == "messages"
+    with pytest.raises(InvalidRequest, match="token ids outside"):
+        service.generate([10**6], (), ENDLESS)
+    with pytest.raises(InvalidRequest, match="empty"):
+        service.generate([], (), ENDLESS)
+    assert list(service.generate([1], (), SamplingParams(max_tokens=2)))
+
+
+def test_full_queue_is_refused_and_drains(base, registry) -> None:
+    service = Service(base, registry, max_model_len=192, max_num_seqs=2, max_queue=3)
+    service.start()
+    try:
+        taken = [service.generate([5], (), ENDLESS) for _ in range(5)]
+        with pytest.raises(QueueFull):
+            service.generate([5], (), ENDLESS)
+        for generation in taken:
+            generation.cancel()
+        assert list(service.generate([5], (), SamplingParams(max_tokens=2, ignore_eos=True)))
+    finally:
+        service.stop()
+
+
+def test_crash_of_a_step_fails_every_waiter_and_ends_readiness(base, registry, monkeypatch) -> None:
+    service = Service(base, registry, max_model_len=192, max_num_seqs=2)
+    service.start()
+    generations = [service.generate([5], (), ENDLESS) for _ in range(3)]
+    next(generations[0])
+
+    def crash(chunks: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(service._engine._runner, "run", crash)
+    for generation in generations:
+        with pytest.raises(NotReady, match="out of memory"):
+            list(generation)
+    assert not service.ready
+    with pytest.raises(NotReady):
+        service.generate([5], (), ENDLESS)
+
+
+def test_stopping_fails_what_is_in_flight(base, registry) -> None:
+    service = Service(base, registry, max_model_len=192)
+    service.start()
+    generation = service.generate([5], (), ENDLESS)
+    threading.Timer(0.05, service.stop).start()
+    try:
+        pieces = list(generation)
+        assert pieces[-1].finish_reason == "length"  # it may have been fast enough
+    except NotReady:
+        pass
+    time.sleep(0.1)
+    assert not service.ready
+
+
+def test_republished_adapter_answers_from_the_next_request_on(service: Service, random_adapter) -> None:
+    shapes, registry = service.base.shapes, service.registry
+
+    def publish(seed: int) -> None:
+        adapter = random_adapter(shapes, ["q_proj", "up_proj"], 4, seed)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=sorted(adapter.weights))
+        registry.publish("fresh", adapter, config, {"base_fingerprint": service.base.fingerprint})
+
+    publish(50)
+    spec = parse_spec("fresh")
+    old = service.logits([4, 5, 6], spec)
+    running = service.generate([4, 5, 6], spec, ENDLESS)
+    next(running)
+    publish(51)
+    new = service.logits([4, 5, 6], spec)
+    assert not torch.allclose(old, new, atol=1e-3)
+    assert torch.equal(service.logits([4, 5, 6], spec), new)
+    assert list(running)[-1].finish_reason == "length"
+    assert service.unload("fresh")
+    assert not service.unload("fresh")
+    assert torch.equal(service.logits([4, 5, 6], spec), new)
+
+
+def test_kv_memory_lowers_the_number_of_sequences(base, registry) -> None:
+    from loraserve.engine.kv_cache import KVCache
+
+    one = KVCache.bytes_per_token(base.config, base.dtype) * 192
+    assert Service(base, registry, max_model_len=192, kv_memory=3 * one + 1).max_num_seqs == 3
+    with pytest.raises(InvalidRequest, match="kv-memory"):
+        Service(base, registry, max_model_len=192, kv_memory=one - 1)
+
+
+def test_llm_generates_chats_and_scores(tiny_base_dir, registry) -> None:
+    with LLM(str(tiny_base_dir), registry.root, dtype="float32", device="cpu", max_model_len=192) as llm:
+        first, second = llm.generate(["hello", [10, 11, 12]], adapter=["a", None])
+        assert (first.adapter, second.adapter) == ("a", "base")
+        assert second.prompt_tokens == 3
+        scores = llm.logits([10, 11, 12])
+        assert second.token_ids[0] == int(scores[-1].argmax())
+        assert llm.generate("hello", adapter="a")[0].text == first.text
+        answer = llm.chat([{"role": "user", "content": "hello"}], "b", SamplingParams(max_tokens=5, logprobs=1))
+        assert answer.logprobs is not None
+        assert len(answer.logprobs) == len(answer.token_ids)
+        with pytest.raises(InvalidRequest, match="as many adapters"):
+            llm.generate(["x", "y"], adapter=["a"])
