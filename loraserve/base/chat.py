@@ -11,7 +11,9 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loraserve.base.tokenizer import Tokenizer
@@ -28,36 +30,51 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+class _Generation(Extension):
+    """`{% generation %}`, by which training libraries mark the assistant's text; it renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
 
 
+def _source_of(tokenizer: Tokenizer) -> str | None:
+    file = tokenizer.path / "chat_template.jinja"
+    if file.exists():
+        return file.read_text("utf-8")
+    source = tokenizer.config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default") or next(iter(named.values()), None)
+    return source if isinstance(source, str) else None
+
+
 class ChatTemplate:
-    """A base's chat template.
+    """A base's chat template. A base without one loads all the same: it completes texts and does not chat.
 
     Raises:
-        CheckpointError: the tokenizer's directory has no template, or one that does not compile.
+        CheckpointError: the template does not compile.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        source = tokenizer.config.get("chat_template")
-        file = tokenizer.path / "chat_template.jinja"
-        if file.exists():
-            source = file.read_text("utf-8")
-        if isinstance(source, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default") or next(iter(named.values()), None)
-        if not isinstance(source, str):
-            raise CheckpointError(f"no chat template in {tokenizer.path}: add 'chat_template' to tokenizer_config.json")
-        self.source = source
+        self._path = tokenizer.path
         self._special_tokens = tokenizer.special_tokens
+        self.source = _source_of(tokenizer)
         try:
-            self._template = _compile(source)
+            self._template = None if self.source is None else _compile(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template in {tokenizer.path} does not compile: {error}") from None
 
@@ -77,10 +94,16 @@ class ChatTemplate:
             kwargs: passed to the template, such as MiniMind's `open_thinking`.
 
         Raises:
-            InvalidRequest: the template cannot render these messages; its reason is in the message.
+            InvalidRequest: the template cannot render these messages (its reason is in the message), or there is none.
         """
+        if self._template is None:
+            raise InvalidRequest(
+                f"this base has no chat template: add 'chat_template' to {self._path / 'tokenizer_config.json'}, "
+                "or ask for completions of plain text",
+                param="messages",
+            )
         variables = {**self._special_tokens, **kwargs, "messages": messages, "tools": tools}
         try:
             return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+        except Exception as error:  # foreign code: whatever it raises is its answer to these messages
             raise InvalidRequest(f"the chat template cannot render these messages: {error}", param="messages") from None

@@ -10,6 +10,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +50,7 @@ def read_checkpoint(path: Path, *, num_attention_heads: int | None = None) -> Ch
         checkpoint = Checkpoint(config, tensors, path, "hf")
     else:
         tensors = _canonical(_read_pickle(path))
-        checkpoint = Checkpoint(_config_from_tensors(tensors, path, num_attention_heads), tensors, path, "minimind")
+        checkpoint = Checkpoint(config_from_tensors(tensors, path, num_attention_heads), tensors, path, "minimind")
     if checkpoint.config.tie_word_embeddings:
         checkpoint.tensors.pop("lm_head.weight", None)
     _check(checkpoint)
@@ -73,7 +74,13 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    want, have = expected_tensors(checkpoint.config), checkpoint.tensors
+    config, have = checkpoint.config, checkpoint.tensors
+    if config.num_hidden_layers * max(config.num_experts, 1) > len(have):
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(have)} tensors, too few for {config.num_hidden_layers} layers"
+            + (f" of {config.num_experts} experts" if config.num_experts else "")
+        )
+    want = expected_tensors(config)
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unknown tensor {name}" for name in have if name not in want]
     problems += [
@@ -86,7 +93,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit its configuration: {'; '.join(problems[:5])}{more}")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -101,12 +108,13 @@ def _read_json(path: Path) -> dict:
 def _read_directory(path: Path) -> Tensors:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        outside = [name for name in shards if Path(name).name != name]
+        weight_map = _read_json(index).get("weight_map")
+        shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        outside = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
         if outside or not shards:
             raise CheckpointError(f"{index} names no usable files (it lists {outside or 'nothing'})")
         tensors: Tensors = {}
-        for name in shards:
+        for name in sorted(shards):
             tensors |= read_safetensors(path / name)
         return tensors
     if (path / "model.safetensors").exists():
@@ -140,7 +148,7 @@ def _read_pickle(path: Path) -> Tensors:
         reason = str(error).splitlines()[0][:150]
         raise CheckpointError(f"{path} is not a checkpoint of plain tensors ({reason}); it is not loaded") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a state dict of tensors; save it with torch.save(model.state_dict(), ...)")
+        raise CheckpointError(f"{path} is no state dict of tensors; save it with torch.save(model.state_dict(), ...)")
     return state
 
 
@@ -168,11 +176,16 @@ def _has_qk_norm(tensors: Tensors) -> bool:
     return "model.layers.0.self_attn.q_norm.weight" in tensors
 
 
-def _config_from_tensors(tensors: Tensors, path: Path, num_attention_heads: int | None) -> ModelConfig:
-    """Infer a MiniMind configuration from the shapes in a `.pth` and the facts of its two generations."""
+def config_from_tensors(tensors: Tensors, path: Path, num_attention_heads: int | None) -> ModelConfig:
+    """Infer a MiniMind configuration from the shapes in a `.pth` and the facts of its two generations.
+
+    Raises:
+        CheckpointError: these are not a MiniMind's tensors, or the heads do not divide them.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].ndim == 0:
+        dimensions = 1 if name.endswith("_norm.weight") else 2
+        if name not in tensors or tensors[name].ndim != dimensions or not tensors[name].numel():
             raise CheckpointError(f"{path} is not a MiniMind base: it has no {name} (is it an adapter's file?)")
         return tuple(tensors[name].shape)
 
@@ -190,7 +203,8 @@ def _config_from_tensors(tensors: Tensors, path: Path, num_attention_heads: int 
         head_dim = query // (num_attention_heads or 8)
     heads = query // max(head_dim, 1)
     if not head_dim or heads * head_dim != query or key % head_dim or (num_attention_heads or heads) != heads:
-        raise CheckpointError(f"{path}: {num_attention_heads or 8} heads do not divide {query} query and {key} key rows")
+        claim = num_attention_heads or 8
+        raise CheckpointError(f"{path}: {claim} heads do not divide {query} query and {key} key rows")
     experts = count(r"model\.layers\.0\.mlp\.experts\.(\d+)\.")
     mlp = "model.layers.0.mlp.experts.0" if experts else "model.layers.0.mlp"
     width = shape(f"{mlp}.gate_proj.weight")[0]

@@ -1,4 +1,4 @@
-"""Write a base to disk: a Hugging Face directory or MiniMind's native `.pth`. What is written reads back bit for bit."""
+"""Write a base to disk: a Hugging Face directory or MiniMind's `.pth`. What is written reads back bit for bit."""
 
 import contextlib
 import json
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from loraserve.base.checkpoint import Checkpoint
+from loraserve.base.checkpoint import Checkpoint, config_from_tensors
+from loraserve.base.config import ModelConfig
 from loraserve.base.hf_config import config_to_hf
 from loraserve.errors import CheckpointError, Conflict, StorageError
 
@@ -23,6 +25,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+MINIMIND_FIXES = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
+"""What a `.pth` does not record: every MiniMind of a generation has the same."""
 
 
 def write_hf(checkpoint: Checkpoint, out: Path, tokenizer: Path) -> None:
@@ -52,17 +63,31 @@ def write_minimind(checkpoint: Checkpoint, out: Path) -> None:
 
     Raises:
         Conflict: `out` exists.
-        CheckpointError: the head is not tied, which MiniMind's model cannot express.
+        CheckpointError: MiniMind's model cannot express it; what differs is named.
         StorageError: writing failed; nothing is left behind.
     """
-    if not checkpoint.config.tie_word_embeddings:
+    config = checkpoint.config
+    if not config.tie_word_embeddings:
         raise CheckpointError("MiniMind ties lm_head to the embeddings and this model does not; use --format hf")
+    fixed = _minimind_config(checkpoint)
+    if problems := [
+        f"{name} is {getattr(config, name)}, in a .pth always {getattr(fixed, name)}"
+        for name in MINIMIND_FIXES
+        if getattr(config, name) != getattr(fixed, name)
+    ]:
+        raise CheckpointError(f"MiniMind's model cannot express this one: {'; '.join(problems)}; use --format hf")
     if out.exists():
         raise Conflict(f"{out} exists already; choose another --out or remove it")
     state = {name: tensor.half().clone() for name, tensor in checkpoint.tensors.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with _staged(out) as staging:
         torch.save(state, staging)
+
+
+def _minimind_config(checkpoint: Checkpoint) -> ModelConfig:
+    """What a reader of the `.pth` would take the tensors for, if told the number of heads where they do not show it."""
+    heads = None if checkpoint.config.qk_norm else checkpoint.config.num_attention_heads
+    return config_from_tensors(checkpoint.tensors, checkpoint.path, heads)
 
 
 @contextlib.contextmanager
@@ -75,5 +100,5 @@ def _staged(out: Path) -> Iterator[Path]:
             if out.is_dir():
                 out.rmdir()
             os.replace(Path(folder) / out.name, out)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are how torch and safetensors report I/O
         raise StorageError(f"{out} could not be written: {error}; free some space or choose another place") from None

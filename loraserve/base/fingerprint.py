@@ -1,6 +1,6 @@
 """The identity of a base: a sha256 over its canonical tensors in float16.
 
-A `.pth` and its Hugging Face export, with experts fused or not, have the same fingerprint, for they hold the same model.
+A `.pth` and its Hugging Face export, experts fused or not, have the same fingerprint, for they hold the same model.
 Hashing a large base takes a second, so results are remembered by path, size and modification time.
 """
 
@@ -22,6 +22,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         known = json.loads(cache.read_text("utf-8"))
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     if isinstance(known.get(key), str):
         return known[key]
     value = compute(checkpoint)

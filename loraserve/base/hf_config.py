@@ -1,14 +1,14 @@
 """Translate a Hugging Face `config.json` to a `ModelConfig` and back.
 
-Understood: Qwen3, Qwen3-MoE, Llama, and MiniMind's own `model_type: minimind`. Anything that would change the numbers and
-is not implemented (biases, sliding windows, other activations) is refused by name.
+Understood: Qwen3, Qwen3-MoE, Llama, and MiniMind's own `model_type: minimind`. Anything that would change the numbers
+and is not implemented (biases, sliding windows, other activations) is refused by name.
 """
 
 from pathlib import Path
 from typing import Any
 
 from loraserve.base.config import ModelConfig
-from loraserve.base.rope import SUPPORTED
+from loraserve.base.rope import SUPPORTED, inverse_frequencies
 from loraserve.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "llama", "minimind")
@@ -25,22 +25,33 @@ def config_from_hf(raw: dict[str, Any], path: Path, *, has_qk_norm: bool) -> Mod
         raise CheckpointError(
             f"{path}: model_type {kind!r} is not supported; loraserve runs {', '.join(MODEL_TYPES)} architectures"
         )
-    if problems := _unsupported(raw, kind):
-        raise CheckpointError(f"{path}: not supported: {'; '.join(problems)}")
     try:
-        return _build(raw, kind, has_qk_norm)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}/config.json has no usable {error}; fetch the file again") from None
+        if problems := _unsupported(raw, kind):
+            raise CheckpointError(f"{path}: not supported: {'; '.join(problems)}")
+        config = _build(raw, kind, has_qk_norm)
+        inverse_frequencies(config)  # needs the fields of its rope type
+    except KeyError as error:
+        raise CheckpointError(f"{path}/config.json has no {error}; fetch the file again") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}/config.json has an unusable value ({error}); fetch the file again") from None
+    if problems := _contradictions(config):
+        raise CheckpointError(f"{path}/config.json contradicts itself: {'; '.join(problems)}; fetch the file again")
+    return config
 
 
 def _unsupported(raw: dict[str, Any], kind: str) -> list[str]:
     found = [f"{name}=true" for name in ("attention_bias", "mlp_bias", "use_sliding_window") if raw.get(name)]
     if raw.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act={raw['hidden_act']!r}")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = _rope_of(raw)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in SUPPORTED:
         found.append(f"rope type {rope_type!r}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        found.append(f"partial_rotary_factor={rope['partial_rotary_factor']}")
+    if rope_type == "yarn":
+        found += [f"yarn with {name}" for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+        found += ["yarn with truncate=false"] if rope.get("truncate") is False else []
     if kind == "qwen3_moe" and (raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1):
         found.append("a mixture of dense and sparse layers")
     if raw.get("quantization_config"):
@@ -48,12 +59,28 @@ def _unsupported(raw: dict[str, Any], kind: str) -> list[str]:
     return found
 
 
+def _rope_of(raw: dict[str, Any]) -> dict[str, Any]:
+    return dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers 5 keeps theta in here too
+
+
+def _contradictions(config: ModelConfig) -> list[str]:
+    """What the shapes of the tensors do not show."""
+    found = []
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    if min(heads, key_heads) < 1 or heads % key_heads:
+        found.append(f"{heads} attention heads over {key_heads} key-value heads")
+    if config.head_dim < 2 or config.head_dim % 2:
+        found.append(f"head_dim {config.head_dim} is not even")
+    if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
+        found.append(f"{config.num_experts_per_tok} of {config.num_experts} experts per token")
+    return found
+
+
 def _build(raw: dict[str, Any], kind: str, has_qk_norm: bool) -> ModelConfig:
     minimind = kind == "minimind"
     hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5 keeps theta in here
-    theta = raw.get("rope_theta") or rope.pop("rope_theta", None) or (1e6 if minimind else 10000.0)
-    rope.pop("rope_theta", None)
+    rope = _rope_of(raw)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or (1e6 if minimind else 10000.0)
     moe = kind == "qwen3_moe" or bool(minimind and raw.get("use_moe"))
     experts = (raw.get("n_routed_experts") or raw.get("num_experts") or raw.get("num_local_experts")) if moe else 0
     inter = int(raw["intermediate_size"])

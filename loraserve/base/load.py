@@ -75,7 +75,8 @@ def load_base(
         )
     name = path.stem if path.is_file() else ref.partition("@")[0] if not Path(ref).exists() else path.resolve().name
     model = build_model(checkpoint, where, what)
-    return Base(name, checkpoint.config, model, tokens, ChatTemplate(tokens), fingerprint(checkpoint), where, what, path)
+    template = ChatTemplate(tokens)
+    return Base(name, checkpoint.config, model, tokens, template, fingerprint(checkpoint), where, what, path)
 
 
 _building = threading.Lock()
@@ -87,8 +88,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         model = Model(checkpoint.config)
     tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    if checkpoint.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie()
     model.model.rope.reset(device)
     return model.requires_grad_(False).eval()
 
@@ -110,12 +110,16 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn a `--dtype` into a torch dtype; `auto` is bfloat16 where it is native, else float32 (CPU) or float16 (GPU)."""
+    """Turn a `--dtype` into a torch dtype.
+
+    `auto` is bfloat16 where the processor has it, else float32 on a CPU and float16 on a GPU.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise InvalidRequest(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}", param="dtype")
         return DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    cpu = torch.cpu.get_capabilities()
+    native = any(cpu.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32

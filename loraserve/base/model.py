@@ -165,8 +165,14 @@ class Model(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head be the embeddings, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            embeddings = self.model.embed_tokens.weight
+            assert isinstance(embeddings, nn.Parameter)
+            self.lm_head.weight = embeddings
 
     def forward(
         self,

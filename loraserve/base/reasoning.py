@@ -6,8 +6,8 @@ OPEN, CLOSE = "<think>", "</think>"
 class ReasoningSplitter:
     """Feed the pieces of one answer, get (reasoning, content) deltas.
 
-    Only a `<think>` that begins the answer opens reasoning; line breaks beside the markers belong to the template and are
-    dropped.
+    Only a `<think>` that begins the answer opens reasoning; line breaks beside the markers belong to the template and
+    are dropped.
 
     Args:
         inside: the prompt already ended in `<think>` (MiniMind's `open_thinking`), so the answer starts in reasoning.

@@ -1,5 +1,6 @@
 """From what a user writes after `--base` to a path on disk: `bundled`, a directory, a `.pth`, or a hub id."""
 
+import os
 import re
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def resolve_base(ref: str) -> Path:
     """
     if ref == BUNDLED:
         return bundled_path()
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(ref))
+    if os.path.exists(path):  # unlike Path.exists it takes any string
         return path
     match = HUB_ID.fullmatch(ref)
     if match and not ref.startswith((".", "/")) and path.suffix != ".pth":
@@ -34,25 +35,24 @@ def resolve_base(ref: str) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    import httpx2 as httpx
-    from huggingface_hub import list_repo_files, snapshot_download
+    import httpx2
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    def fetch(weights: str) -> Path:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, weights]))
+
     try:
-        try:
-            files = list_repo_files(repo, revision=revision)
-        except (httpx.HTTPError, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))  # offline: what is cached
-        weights = ["*.safetensors"] if any(name.endswith(".safetensors") for name in files) else ["*.bin"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + weights))
+        folder = fetch("*.safetensors")
+        return folder if any(folder.glob("*.safetensors")) else fetch("*.bin")
+    except HFValidationError:
+        raise ModelNotFound(repo, hint="no such directory here, and the hub has no such names") from None
     except GatedRepoError:
         raise CheckpointError(f"{repo} is gated: accept its terms on the hub and run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -60,9 +60,12 @@ def _download(repo: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise ModelNotFound(repo, hint="no such directory here and no such repository on the hub") from None
     except LocalEntryNotFoundError:
-        raise CheckpointError(f"the hub cannot be reached and {repo} is not in its local cache") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise CheckpointError(f"{repo} could not be downloaded: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"the hub cannot be reached and its local cache does not hold all of {repo}; try again when online"
+        ) from None
+    except (httpx2.HTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{repo} could not be downloaded: {reason}") from None
 
 
 def minimind_weights(from_weight: str, hidden_size: int, use_moe: bool, save_dir: Path) -> Path:

@@ -4,6 +4,7 @@ Sources: RoFormer arXiv:2104.09864, YaRN arXiv:2309.00071, the `rope_scaling` fi
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return _yarn(freqs, dim, theta, original, factor, scaling)
 
 
-def _yarn(freqs: Tensor, dim: int, theta: float, original: int, factor: float, scaling: dict) -> tuple[Tensor, float]:
+def _yarn(
+    freqs: Tensor, dim: int, theta: float, original: int, factor: float, scaling: dict[str, Any]
+) -> tuple[Tensor, float]:
     def dimension_of(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
