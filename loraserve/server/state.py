@@ -1,0 +1,75 @@
+"""What the routes of one app share: the engine, the registry, the default adapter and the metrics."""
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flask import current_app
+
+from loraserve.base.load import Base
+from loraserve.engine.service import Service
+from loraserve.errors import AdapterNotFound, ModelNotFound, NotFound
+from loraserve.lora.spec import Spec
+from loraserve.registry import Registry
+from loraserve.server.metrics import Metrics
+from loraserve.server.selection import Selection, select
+
+EXTENSION = "loraserve"
+
+
+@dataclass
+class State:
+    """The shared state of an app.
+
+    `unloaded` are adapters that `/v1/unload_lora_adapter` took out of service; their files stay in the registry.
+    """
+
+    service: Service
+    base_name: str
+    default: Spec
+    metrics: Metrics
+    closing: threading.Event = field(default_factory=threading.Event)
+    unloaded: set[str] = field(default_factory=set)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def base(self) -> Base:
+        return self.service.base
+
+    @property
+    def registry(self) -> Registry:
+        return self.service.registry
+
+    def names(self) -> list[str]:
+        """The adapters in service."""
+        return [name for name in self.registry.names() if name not in self.unloaded]
+
+    def select(self, model: str | None, adapter: Spec | None) -> Selection:
+        """Decide the adapters of a request; see `selection.select`. Unloaded ones are unknown."""
+        selection = select(model, adapter, base_name=self.base_name, default=self.default)
+        if self.unloaded and any(term.name in self.unloaded for term in selection.spec):
+            raise self.unknown(selection)
+        return selection
+
+    def unknown(self, selection: Selection) -> NotFound:
+        """The error for a selection with an adapter that is not there, put to the field that named it."""
+        known = self.names()
+        missing = next((term.name for term in selection.spec if term.name not in known), selection.spec[0].name)
+        hint = _listing(known)
+        if selection.param == "model":
+            return ModelNotFound(missing, [self.base_name, *known], param="model", hint=hint)
+        return AdapterNotFound(missing, known, param=selection.param, hint=hint)
+
+
+def _listing(known: Iterable[str]) -> str:
+    names = list(known)
+    if not names:
+        return "this server has no adapters yet"
+    return f"adapters here: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def current() -> State:
+    """The state of the app that handles this request."""
+    state: State = current_app.extensions[EXTENSION]
+    return state
