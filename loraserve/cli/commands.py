@@ -19,7 +19,8 @@ def _hyphens(name: str) -> str:
 
 
 def _settings(given: dict[str, Any] | None) -> dict[str, Any]:
-    return {"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"]} | (given or {})
+    ours = {"token_normalize_func": _hyphens, "help_option_names": ["-h", "--help"], "max_content_width": 100}
+    return ours | (given or {})
 
 
 def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -42,8 +43,9 @@ def _debug_option() -> click.Option:
 class LoraserveCommand(click.Command):
     """A command of loraserve; use as `@click.command(cls=LoraserveCommand)`."""
 
-    def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings=_settings(context_settings), **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = _settings(kwargs.get("context_settings"))
+        super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
 
@@ -52,8 +54,9 @@ class LoraserveGroup(click.Group):
 
     command_class = LoraserveCommand
 
-    def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings=_settings(context_settings), **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = _settings(kwargs.get("context_settings"))
+        super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
     def resolve_command(

@@ -22,10 +22,12 @@ __all__ = [
     "LoraserveGroup",
     "adapters_dir_option",
     "base_options",
+    "format_option",
     "mismatch_option",
     "open_base",
     "open_registry",
     "open_service",
+    "pick_format",
 ]
 
 Function = Callable[..., Any]
@@ -48,7 +50,7 @@ adapters_dir_option = click.option(
     type=click.Path(path_type=Path),
     default=Path("adapters"),
     envvar="LORASERVE_ADAPTERS",
-    show_default="./adapters",
+    show_default=True,
     show_envvar=True,
     metavar="DIR",
     help="Where the adapters are.",
@@ -59,6 +61,23 @@ mismatch_option = click.option(
     is_flag=True,
     help="Accept adapters trained on other weights of the same shapes.",
 )
+
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["hf", "minimind"]),
+    help="hf: a directory for transformers and --base; minimind: a .pth for MiniMind's own scripts. "
+    "By default minimind if the output ends in .pth, else hf.",
+)
+
+
+def pick_format(form: str | None, out: Path) -> str:
+    """The format to write `out` in. Raises click.UsageError if the name does not go with the format asked for."""
+    by_name = "minimind" if out.suffix == ".pth" else "hf"
+    if form not in (None, by_name):
+        wanted = "a file name that ends in .pth" if form == "minimind" else "a directory's name, not a .pth"
+        raise click.UsageError(f"--format {form} needs {wanted}, not {out}", click.get_current_context())
+    return by_name
 
 
 def base_options(function: Function) -> Function:
@@ -91,7 +110,8 @@ def base_options(function: Function) -> Function:
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto",
             show_default=True,
-            help="Number format of the base.",
+            metavar="TYPE",
+            help="What the model computes in: auto, float32, bfloat16 or float16.",
         ),
         click.option(
             "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the model runs."
