@@ -8,7 +8,7 @@ Source: LoRA, arXiv:2106.09685; rsLoRA's scaling alpha/sqrt(r), arXiv:2312.03732
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,7 +67,9 @@ class Adapter:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
         """The same adapter with A and B on `device` in `dtype`."""
-        moved = {t: LoraWeight(w.A.to(device, dtype), w.B.to(device, dtype), w.scaling) for t, w in self.weights.items()}
+        moved = {
+            t: LoraWeight(w.A.to(device, dtype), w.B.to(device, dtype), w.scaling) for t, w in self.weights.items()
+        }
         return Adapter(moved, self.name)
 
 
@@ -76,25 +78,48 @@ def find_problems(adapter: Adapter, shapes: Shapes) -> list[str]:
 
     Checked: no targets, unknown targets, shapes of A and B, NaN or Inf, every B zero (it would do nothing).
     """
+    sizes = {target: (tuple(w.A.shape), tuple(w.B.shape)) for target, w in adapter.weights.items()}
+    return find_size_problems(sizes, shapes) + find_value_problems(adapter)
+
+
+def find_size_problems(
+    sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], shapes: Shapes | None
+) -> list[str]:
+    """The part of `find_problems` that needs no values.
+
+    Args:
+        sizes: {target: (shape of A, shape of B)}.
+        shapes: the base's layers; None checks only that each A fits its B.
+    """
+    problems = [] if sizes else ["it has no weights"]
+    if shapes is not None and (unknown := sorted(sizes.keys() - shapes.keys())):
+        problems.append(f"the base has no linear layer {list_some(unknown)}")
+    misfits: dict[tuple[str, str], list[str]] = {}
+    for target, (a, b) in sizes.items():
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
+            problems.append(f"{target}: lora_A {a} and lora_B {b} do not fit")
+        elif shapes is not None and target in shapes and (b[0], a[1]) != tuple(shapes[target]):
+            fault = f"made for a layer of shape {(b[0], a[1])}, this base has {tuple(shapes[target])}"
+            misfits.setdefault((target.rpartition(".")[2], fault), []).append(target)
+    problems += [f"{list_some(targets)}: {fault}" for (_, fault), targets in misfits.items()]
+    return problems
+
+
+def find_value_problems(adapter: Adapter) -> list[str]:
+    """The part of `find_problems` that looks at the values: NaN or Inf, and every B zero."""
     problems = []
-    if not adapter.weights:
-        problems.append("it has no weights")
-    unknown = sorted(set(adapter.weights) - set(shapes))
-    if unknown:
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        problems.append(f"the base has no linear layer {shown}")
-    for target, weight in adapter.weights.items():
-        for label, tensor in (("A", weight.A), ("B", weight.B)):
-            if not torch.isfinite(tensor).all():
-                problems.append(f"{target}: lora_{label} contains NaN or Inf")
-        if weight.A.ndim != 2 or weight.B.ndim != 2 or weight.A.shape[0] != weight.B.shape[1] or weight.r == 0:
-            problems.append(f"{target}: lora_A {tuple(weight.A.shape)} and lora_B {tuple(weight.B.shape)} do not fit")
-        elif target in shapes and (weight.B.shape[0], weight.A.shape[1]) != tuple(shapes[target]):
-            have, want = (weight.B.shape[0], weight.A.shape[1]), tuple(shapes[target])
-            problems.append(f"{target}: made for a layer of shape {have}, this base has {want}")
+    for label in ("A", "B"):
+        bad = [t for t, w in adapter.weights.items() if not torch.isfinite(w.A if label == "A" else w.B).all()]
+        if bad:
+            problems.append(f"{list_some(bad)}: lora_{label} contains NaN or Inf")
     if adapter.weights and not any(w.B.count_nonzero() for w in adapter.weights.values()):
         problems.append("every lora_B is zero: it would change nothing (an untrained adapter?)")
     return problems
+
+
+def list_some(names: Sequence[str], limit: int = 3) -> str:
+    """Join names for a message, the first few by name and the rest by number."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def check_adapter(adapter: Adapter, shapes: Shapes) -> None:

@@ -75,7 +75,10 @@ class LoraBatch:
 
     @classmethod
     def from_segments(
-        cls, stack: AdapterStack, segments: Sequence[tuple[int, Sequence[tuple[int, float]]]], device: torch.device | str
+        cls,
+        stack: AdapterStack,
+        segments: Sequence[tuple[int, Sequence[tuple[int, float]]]],
+        device: torch.device | str,
     ) -> "LoraBatch | None":
         """Build W from consecutive row segments.
 
