@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from flask import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from werkzeug.exceptions import UnsupportedMediaType
 
@@ -198,8 +198,8 @@ class Completion(Generate):
 
     @field_validator("echo", "suffix", "best_of")
     @classmethod
-    def _unsupported(cls, value: Any) -> Any:
-        if value not in (None, False, 1):
+    def _unsupported(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and (info.field_name, value) != ("best_of", 1):
             raise _fail("is not supported: leave it out")
         return value
 

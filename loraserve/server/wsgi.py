@@ -10,7 +10,6 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable
 
 from flask import Flask
 from waitress import wasyncore
@@ -97,8 +96,8 @@ class Server:
         self._server.task_dispatcher.shutdown()
         self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
 
-    def close_on_signals(self) -> Callable[[], None]:
-        """Let Ctrl-C and SIGTERM close the server; a second one is the default's. Returns how to undo it."""
+    def run_until_signal(self) -> None:
+        """Serve until Ctrl-C or SIGTERM; a second one ends the process at once. For the main thread only."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore() -> None:
@@ -112,14 +111,12 @@ class Server:
 
         for number in before:
             signal.signal(number, close)
-        return restore
+        try:
+            self.run()
+        finally:
+            restore()
 
 
 def serve(app: Flask, host: str, port: int, threads: int | None = None) -> None:
     """Serve `app` until Ctrl-C or SIGTERM. Raises LoraserveError if the address cannot be had."""
-    server = Server(app, host, port, threads)
-    restore = server.close_on_signals()
-    try:
-        server.run()
-    finally:
-        restore()
+    Server(app, host, port, threads).run_until_signal()

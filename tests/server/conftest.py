@@ -137,6 +137,7 @@ class Live:
     """An app served by waitress on loopback, as `loraserve serve` does."""
 
     def __init__(self, app: Flask) -> None:
+        self.app = app
         self.server = Server(app, "127.0.0.1", 0)
         self.url = self.server.url
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)

@@ -1,0 +1,102 @@
+"""`loraserve serve`: the HTTP server with the chat page."""
+
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, mismatch_option, open_service
+
+if TYPE_CHECKING:
+    from loraserve.registry import Registry
+
+COUNT = click.IntRange(1)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_SHOWN = 10
+SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 512M or 2G", ctx, param)
+    return int(float(match[1]) * SIZES[match[2]])
+
+
+@click.command(cls=LoraserveCommand)
+@base_options
+@mismatch_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--default-adapter", metavar="SPEC", help="Answers requests that name neither model nor adapter.")
+@click.option(
+    "--max-model-len",
+    type=COUNT,
+    metavar="TOKENS",
+    help="Prompt and answer together.  [default: the base's limit, at most 2048]",
+)
+@click.option(
+    "--max-num-seqs", type=COUNT, default=32, show_default=True, metavar="N", help="Answers generated at once."
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Requests that may wait; beyond, clients are told to come back.",
+)
+@click.option(
+    "--kv-memory",
+    callback=_size,
+    metavar="SIZE",
+    help="Memory for keys and values, such as 2G; lowers --max-num-seqs to what fits.",
+)
+@click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
+def command(
+    options: BaseOptions,
+    allow_base_mismatch: bool,
+    host: str,
+    port: int,
+    default_adapter: str | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_queue: int,
+    kv_memory: int | None,
+    open_page: bool,
+) -> None:
+    """Serve the base with all adapters: OpenAI's API, and a chat page at /.
+
+    Each request picks its adapter by the field `adapter` or `model`. Adapters that appear in --adapters-dir are served
+    without a restart. Ctrl-C ends it.
+    """
+    limits = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "max_queue": max_queue}
+    with open_service(options, allow_base_mismatch=allow_base_mismatch, kv_memory=kv_memory, **limits) as service:
+        from loraserve.server import Server, create_app
+
+        server = Server(create_app(service, default_adapter=default_adapter), host, port)
+        adapters = _describe(service.registry)
+        click.echo(f"serving {service.base.name} with {adapters} at {server.url} (Ctrl-C stops)")
+        if host not in LOOPBACK:
+            click.echo("warning: no keys are asked for, so whoever can reach this address can use it", err=True)
+        if open_page:
+            click.launch(server.url)
+        server.run_until_signal()
+
+
+def _describe(registry: "Registry") -> str:
+    """The adapters found, in words, and how many of them cannot be used."""
+    from loraserve.errors import LoraserveError
+
+    usable, refused = [], 0
+    for name in registry.names():
+        try:
+            registry.get(name)
+            usable.append(name)
+        except LoraserveError:
+            refused += 1
+    shown = ", ".join(usable[:MAX_SHOWN]) + (f" and {len(usable) - MAX_SHOWN} more" if len(usable) > MAX_SHOWN else "")
+    words = {0: "no adapters yet", 1: f"adapter {shown}"}.get(len(usable), f"{len(usable)} adapters ({shown})")
+    return f"{words}; {refused} more cannot be used, see `loraserve adapters verify`;" if refused else words
