@@ -26,7 +26,7 @@ class AdapterCache:
         self._device = device
         self._dtype = dtype
         self._capacity = capacity
-        self._loaded: OrderedDict[str, tuple[str, Adapter]] = OrderedDict()  # name -> (version's path, adapter)
+        self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
         self._lock = threading.Lock()
 
     def resolve(self, spec: Spec) -> tuple[tuple[Adapter, float], ...]:
@@ -52,7 +52,7 @@ class AdapterCache:
             return sum(adapter.num_bytes for _, adapter in self._loaded.values())
 
     def _get(self, name: str) -> Adapter:
-        version = str(self._registry.get(name).path)
+        version = self._registry.get(name).signature
         with self._lock:
             held = self._loaded.get(name)
             if held and held[0] == version:

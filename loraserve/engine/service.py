@@ -38,7 +38,9 @@ class Generation:
     A failure of the request is raised from the iteration as a LoraserveError.
     """
 
-    def __init__(self, worker: Worker, sequence: Sequence, outbox: "queue.SimpleQueue[Event]", text: TextStream) -> None:
+    def __init__(
+        self, worker: Worker, sequence: Sequence, outbox: "queue.SimpleQueue[Event]", text: TextStream
+    ) -> None:
         self.prompt_tokens = len(sequence.prompt_token_ids)
         self.completion_tokens = 0
         self._worker = worker

@@ -10,7 +10,7 @@ from loraserve.engine.service import Service
 from loraserve.lora.config import LoraConfig
 from loraserve.registry import Registry
 
-TARGETS = {"a": ["q_proj", "down_proj"], "b": ["all-linear"], "c": ["v_proj", "lm_head"]}
+TARGETS = {"a": ["q_proj", "down_proj"], "b": "all-linear", "c": ["v_proj", "lm_head"]}
 
 
 @pytest.fixture(scope="session")

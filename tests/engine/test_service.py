@@ -122,3 +122,23 @@ def test_llm_generates_chats_and_scores(tiny_base_dir, registry) -> None:
         assert len(answer.logprobs) == len(answer.token_ids)
         with pytest.raises(InvalidRequest, match="as many adapters"):
             llm.generate(["x", "y"], adapter=["a"])
+
+
+def test_dropped_in_directory_changed_by_hand_is_read_again(base, registry, random_adapter, tmp_path) -> None:
+    import shutil
+
+    from loraserve.registry import Registry
+
+    mine = Registry(tmp_path, base.shapes, base.fingerprint)
+    service = Service(base, mine, max_model_len=192)
+    service.start()
+    try:
+        shutil.copytree(registry.get("a").path, tmp_path / "dropped")
+        before = service.logits([4, 5, 6], parse_spec("dropped"))
+        assert torch.equal(before, service.logits([4, 5, 6], parse_spec("dropped")))
+        shutil.rmtree(tmp_path / "dropped")
+        shutil.copytree(registry.get("b").path, tmp_path / "dropped")
+        after = service.logits([4, 5, 6], parse_spec("dropped"))
+        assert not torch.allclose(before, after, atol=1e-3)
+    finally:
+        service.stop()
