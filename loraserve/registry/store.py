@@ -14,14 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraserve.errors import (
-    AdapterNotFound,
-    AdapterRefused,
-    Conflict,
-    InvalidRequest,
-    StorageError,
-    VersionNotFound,
-)
+from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidRequest, StorageError, VersionNotFound
 from loraserve.lora.adapter import Adapter, Shapes, find_size_problems, find_value_problems
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.files import copy_file, write_file
@@ -176,8 +169,7 @@ class Registry:
         Args:
             name: by default that of the directory or file.
 
-        Raises:
-            See `publish`; AdapterRefused also for a manifest that belongs to other weights.
+        Raises as `publish` does; AdapterRefused also for a manifest that belongs to other weights.
         """
         source = Path(source)
         name = check_name(name or (source.resolve().name if source.is_dir() else source.stem))

@@ -1,8 +1,6 @@
 """Tiny shapes of a dense and a mixture-of-experts base, and adapters on them that really do something."""
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,11 +81,3 @@ def lora() -> Callable[..., LoraConfig]:
 @pytest.fixture(scope="session")
 def all_linear(shapes: Shapes) -> list[str]:
     return expand_targets("all", shapes)
-
-
-@pytest.fixture(scope="session")
-def conformance() -> Path:
-    folder = os.environ.get("LORASERVE_CONFORMANCE")
-    if not folder:
-        pytest.skip("LORASERVE_CONFORMANCE does not name the folder of upstream's reference outputs")
-    return Path(folder)
