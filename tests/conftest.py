@@ -64,7 +64,7 @@ def train_sentencepiece(folder: Path, texts: Sequence[str] = TEXTS, **options: o
     """Train a byte-fallback BPE like the bundled base's and write it as a tokenizer directory."""
     model = BytesIO()
     settings = {
-        "model_type": "bpe", "vocab_size": 420, "character_coverage": 1.0, "byte_fallback": True,
+        "model_type": "bpe", "vocab_size": 520, "character_coverage": 1.0, "byte_fallback": True,
         "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
         "pad_id": 0, "pad_piece": "<|endoftext|>", "bos_id": 1, "bos_piece": "<|im_start|>",
         "eos_id": 2, "eos_piece": "<|im_end|>", "unk_id": 3,
