@@ -48,4 +48,6 @@ class Page:
         return re.findall(r"\]\(([^)\s]+)\)", self.prose)
 
 
-PAGES = [Page(path) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])]
+PAGES = [
+    Page(path) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+]
