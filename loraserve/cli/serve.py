@@ -67,7 +67,7 @@ def command(
     kv_memory: int | None,
     open_page: bool,
 ) -> None:
-    """Serve the base with all adapters: OpenAI's API, and a chat page at /.
+    """Serve the base with all adapters: OpenAI's API and a chat page.
 
     Each request picks its adapter by the field `adapter` or `model`. Adapters that appear in --adapters-dir are served
     without a restart. Ctrl-C ends it.

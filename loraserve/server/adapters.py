@@ -4,6 +4,7 @@ An upload is a multipart form with `adapter_config.json`, one `.safetensors` fil
 refused leaves the registry as it was. Unloading takes an adapter out of service and out of memory; its files stay.
 """
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def remove_adapter(name: str) -> Response:
 def load_adapter() -> Response:
     """Bring an adapter from a directory of the server's into service, under a name."""
     state, body = current(), parse(request, LoadAdapter)
-    path = Path(body.lora_path).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(body.lora_path))
+    if not os.path.exists(path):
         raise AdapterNotFound(body.lora_path, param="lora_path", hint="lora_path is a directory on the server")
     name = _free_name(state, body.lora_name, "lora_name", replace=body.load_inplace or body.lora_name in state.unloaded)
     if path.resolve() == (Path(state.registry.root) / name).resolve():

@@ -89,6 +89,11 @@ def _submit(
     state: State, selection: Selection, prompts: Sequence[list[int]], count: int, params: SamplingParams
 ) -> list[Generation]:
     """Start all generations of a request, or none: prompt by prompt, `count` each, every one with its own seed."""
+    wanted, capacity = len(prompts) * count, state.service.max_num_seqs + state.service.max_queue
+    if wanted > capacity:
+        raise InvalidRequest(
+            f"{wanted} answers in one request are more than the {capacity} this server holds", param="n"
+        )
     generations: list[Generation] = []
     try:
         for prompt in prompts:

@@ -205,6 +205,8 @@ def test_an_unloaded_adapter_keeps_its_files_and_can_come_back(client: FlaskClie
         ({"lora_name": "tiny", "lora_path": "/tmp"}, 409, "conflict", "lora_name"),
         ({"lora_name": "x", "lora_path": "/nowhere/at/all"}, 404, "adapter_not_found", "lora_path"),
         ({"lora_name": "x", "lora_path": "a\x00b"}, 404, "adapter_not_found", "lora_path"),
+        ({"lora_name": "x", "lora_path": "~nobody-here/x"}, 404, "adapter_not_found", "lora_path"),
+        ({"lora_name": "x", "lora_path": "/" + "x" * 5000}, 404, "adapter_not_found", "lora_path"),
         ({"lora_name": "x", "lora_path": "/proc"}, 422, "adapter_refused", None),
     ],
 )

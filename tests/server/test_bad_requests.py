@@ -183,6 +183,12 @@ def test_a_prompt_or_answer_beyond_the_context(make_service: Callable[..., Servi
     assert client.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}]}).status_code == 200
 
 
+def test_more_choices_than_the_server_holds_are_not_worth_a_retry(client: FlaskClient, service: Service) -> None:
+    capacity = service.max_num_seqs + service.max_queue
+    expect(client.post(CHAT, json={"messages": USER, "n": capacity + 1}), 400, "invalid_request", "n", str(capacity))
+    assert len(client.post(TEXT, json={"prompt": ["\n"] * capacity}).json["choices"]) == capacity
+
+
 def test_one_bad_prompt_of_several_starts_none(client: FlaskClient, service: Service) -> None:
     expect(
         client.post(TEXT, json={"prompt": [[1, 2], [10**9]], "adapter": "forever"}), 400, "invalid_request", "prompt"

@@ -103,18 +103,16 @@ async function ask(answer, history, system, fields) {
 }
 
 async function receive(answer, body, signal) {
-  let first = null;
+  const start = performance.now();
   for await (const part of streamAnswer(body, signal)) {
     if (part.adapter !== answer.adapter) setAdapter(answer, part.adapter);
-    if (part.content || part.reasoning) first ??= performance.now();
     answer.reasoning = (answer.reasoning ?? "") + (part.reasoning ?? "");
     answer.content += part.content ?? "";
     schedule(answer);
     if (part.finish === "length") answer.note = "cutOff";
     if (part.usage) {
       const count = part.usage.completion_tokens;
-      const seconds = (performance.now() - first) / 1000;
-      answer.stats = { count, rate: count > 1 && seconds > 0 ? (count - 1) / seconds : null };
+      answer.stats = { count, rate: (1000 * count) / Math.max(performance.now() - start, 1) };
     }
   }
 }
@@ -210,8 +208,8 @@ function settle(message) {
   if (!message.node?.stats) return;
   const parts = [];
   if (message.stats) {
-    if (message.stats.rate) parts.push(`${Math.round(message.stats.rate)} ${say("perSecond")}`);
-    parts.push(`${message.stats.count} ${say("tokens")}`);
+    const { count, rate } = message.stats;
+    parts.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate)} ${say("perSecond")}`, `${count} ${say("tokens")}`);
   }
   if (message.note) parts.push(say(message.note));
   if (message.forgot) parts.push(say("forgot"));
