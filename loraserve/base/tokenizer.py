@@ -176,9 +176,10 @@ class Tokenizer:
             InvalidRequest: the text holds half a surrogate pair, which is no character.
         """
         try:
-            return self._backend.encode(text)
+            text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"the text holds {text[error.start]!r}, half of a surrogate pair; remove it") from None
+        return self._backend.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""

@@ -84,5 +84,5 @@ class TextStream:
         return self._one(token.token_id, token.logprob, top)
 
     def _one(self, token_id: int, logprob: float, top: list[TokenLogprob] | None = None) -> TokenLogprob:
-        text = self._tokenizer.decode([token_id]) or self._tokenizer.id_to_token(token_id)
-        return TokenLogprob(token_id, text, logprob, list(text.encode()), top or [])
+        raw = self._tokenizer.token_bytes(token_id) or self._tokenizer.id_to_token(token_id).encode()
+        return TokenLogprob(token_id, raw.decode("utf-8", "replace"), logprob, list(raw), top or [])
