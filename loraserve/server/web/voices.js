@@ -34,18 +34,20 @@ export function updateVoices(list) {
 }
 
 export function drawVoices() {
-  const chips = [chip("base", say("base"), "base")];
-  for (const adapter of adapters) chips.push(chip(adapter.id, adapter.id, adapter.id, adapter));
-  if (usableNames().length > 1) {
-    chips.push(chip(BLEND, say("blend"), usableNames().slice(0, 4).map((name) => `${name}:1`).join("+")));
-  }
+  const strip = document.createElement("div");
+  strip.className = "strip";
+  strip.append(chip("base", say("base"), "base"), ...adapters.map((a) => chip(a.id, a.id, a.id, a)));
+  strip.addEventListener("wheel", (event) => (strip.scrollLeft += event.deltaY), { passive: true });
+  nodes.voices.replaceChildren(strip);
+  if (usableNames().length > 1) nodes.voices.append(chip(BLEND, say("blend"), usableNames().slice(0, 4).join("+")));
   if (!adapters.length) {
     const hint = document.createElement("span");
     hint.className = "hint";
     hint.textContent = say("noAdapters");
-    chips.push(hint);
+    strip.append(hint);
   }
-  nodes.voices.replaceChildren(...chips);
+  const checked = strip.querySelector(":checked")?.parentElement;
+  if (checked) strip.scrollLeft = checked.offsetLeft + checked.offsetWidth - strip.clientWidth + 40;
   nodes.blend.hidden = picked !== BLEND;
   drawMixer();
   tint();

@@ -3,7 +3,7 @@
 const WORDS = {
   en: {
     title: "One base, many voices",
-    subtitle: "Pick who answers, say something, and switch in mid-conversation. Every adapter rides on the same frozen model.",
+    subtitle: "Pick who answers, say something, and switch at any message. Every adapter rides on the same frozen model.",
     placeholder: "Say something…",
     whoAnswers: "Who answers",
     base: "base",
