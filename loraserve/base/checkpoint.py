@@ -145,8 +145,9 @@ def _read_pickle(path: Path) -> Tensors:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except Exception as error:  # torch raises many kinds for a file that is not a plain state dict
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors ({reason}); it is not loaded") from None
+        code = re.search(r"\bGLOBAL (\S+)", str(error))
+        reason = f"it calls {code[1]}" if code else "it is damaged or was not written by torch.save"
+        raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {reason}; it is not loaded") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is no state dict of tensors; save it with torch.save(model.state_dict(), ...)")
     return state

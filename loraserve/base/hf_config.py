@@ -29,7 +29,9 @@ def config_from_hf(raw: dict[str, Any], path: Path, *, has_qk_norm: bool) -> Mod
         if problems := _unsupported(raw, kind):
             raise CheckpointError(f"{path}: not supported: {'; '.join(problems)}")
         config = _build(raw, kind, has_qk_norm)
-        inverse_frequencies(config)  # needs the fields of its rope type
+        freqs, _ = inverse_frequencies(config)  # needs the fields of its rope type
+        if not freqs.isfinite().all():
+            raise ValueError("rope_theta or a factor of the rope scaling is zero or negative")
     except KeyError as error:
         raise CheckpointError(f"{path}/config.json has no {error}; fetch the file again") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -104,7 +106,7 @@ def _build(raw: dict[str, Any], kind: str, has_qk_norm: bool) -> ModelConfig:
         num_experts_per_tok=int(raw["num_experts_per_tok"]) if moe else 0,
         moe_intermediate_size=int(raw.get("moe_intermediate_size") or inter) if moe else 0,
         num_shared_experts=int(raw.get("n_shared_experts") or 0) if moe and minimind and not has_qk_norm else 0,
-        norm_topk_prob=bool(raw.get("norm_topk_prob", minimind)),
+        norm_topk_prob=bool(raw.get("norm_topk_prob", minimind)) if moe else True,
         pad_token_id=int(raw.get("pad_token_id") or 0),
         bos_token_id=int(raw["bos_token_id"]) if raw.get("bos_token_id") is not None else 1,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos if eos is not None else 2),),
