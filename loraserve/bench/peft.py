@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -28,9 +29,9 @@ def main() -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, attn_implementation="sdpa").eval()
     plain.generation_config.eos_token_id = plain.config.eos_token_id = None  # else generate() stops early
     names = sorted((p.name for p in Path(args.adapters).iterdir() if p.is_dir()), key=lambda n: (len(n), n))
-    adapted = None
+    adapted: Any = None
 
-    def with_adapters() -> torch.nn.Module:
+    def with_adapters() -> Any:
         nonlocal adapted
         if adapted is None:
             adapted = peft.PeftModel.from_pretrained(plain, Path(args.adapters) / names[0], adapter_name=names[0])
@@ -40,7 +41,8 @@ def main() -> None:
         return adapted
 
     def run(case: Case) -> Timing:
-        options = {}
+        options: dict[str, Any] = {}
+        model: Any = plain
         if case.adapters:
             model = with_adapters()
             if case.adapters > 1:
@@ -49,7 +51,6 @@ def main() -> None:
                 model.set_adapter(names[0])
         else:
             assert adapted is None, "base cases come first: PEFT wraps the model in place"
-            model = plain
         ids = torch.tensor(case.prompts())
         clock = Clock()
         config = transformers.GenerationConfig(

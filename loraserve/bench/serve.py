@@ -39,12 +39,10 @@ def run(*, repeats: int = 5, dtype: str = "bfloat16", peers: tuple[str, ...] = (
     rivals = [peer for peer in peers if all(importlib.util.find_spec(module) for module in PEERS[peer])]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         base, adapters = make_models(Path(folder), 8, r)
-        contestants = {
-            name: stack.enter_context(_process(name, base, adapters, dtype)) for name in ["ours", *rivals]
-        }
+        contestants = {name: stack.enter_context(_process(name, base, adapters, dtype)) for name in ["ours", *rivals]}
         table: dict[str, Any] = {}
         for title, case in CASES.items():
-            samples: dict[str, list[dict]] = {name: [] for name in contestants}
+            samples: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
             for repeat in range(-1, repeats):  # the first is a warm-up
                 for name, process in contestants.items():
                     figures = _ask(name, process, Case(**{**asdict(case), "seed": repeat + 1}))
@@ -84,11 +82,13 @@ def _process(name: str, base: Path, adapters: Path, dtype: str) -> Iterator[subp
             process.wait()
 
 
-def _ask(name: str, process: subprocess.Popen[str], case: Case) -> dict:
+def _ask(name: str, process: subprocess.Popen[str], case: Case) -> dict[str, Any]:
     print(json.dumps(asdict(case)), file=_pipe(process.stdin), flush=True)
     line = _pipe(process.stdout).readline()
     if not line:
-        raise LoraserveError(f"the benchmark's process for {name!r} ended with code {process.wait()}; see its output above")
+        raise LoraserveError(
+            f"the benchmark's process for {name!r} ended with code {process.wait()}; see its output above"
+        )
     return json.loads(line)
 
 
@@ -97,6 +97,6 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def _medians(rows: list[dict]) -> dict[str, float]:
+def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     keys = ("tokens_per_s", "ttft_ms", "peak_rss_mb")
     return {key: round(statistics.median(row[key] for row in rows), 1) for key in keys}
