@@ -1,4 +1,4 @@
-"""How long a newcomer waits: `--help`, the server's start, the first token, measured from outside with real processes."""
+"""How long a newcomer waits: `--help`, the server's start, the first token. Measured from outside, real processes."""
 
 import http.client
 import json

@@ -1,7 +1,7 @@
 """Adapters on the device, by content: loaded when first asked for, kept until memory is needed for others.
 
-A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and a
-republished adapter is another object from the next request on.
+A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and
+a republished adapter is another object from the next request on.
 """
 
 import threading

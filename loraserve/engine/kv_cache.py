@@ -1,7 +1,7 @@
 """Keys and values of running sequences: one contiguous slot each, allocated once.
 
-Layout per layer: (slots, KV, max_model_len, D). A slot's history is one strided view, so decoding reads it in place; the
-memory of positions that are never reached is never touched, and so costs nothing on a CPU.
+Layout per layer: (slots, KV, max_model_len, D). A slot's history is one strided view, so decoding reads it in place;
+the memory of positions that are never reached is never touched, and so costs nothing on a CPU.
 """
 
 from collections.abc import Sequence as List

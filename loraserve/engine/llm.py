@@ -74,7 +74,7 @@ class LLM:
     def generate(
         self,
         prompts: str | list[int] | Sequence[str | list[int]],
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         sampling: SamplingParams | None = None,
     ) -> list[Completion]:
         """Complete prompts, all in one continuous batch.

@@ -154,6 +154,6 @@ def _beside(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             yield Path(folder)
     except StorageError as error:  # it names the scratch directory
-        raise StorageError(str(error).replace(f"{folder}/", f"{out.parent}/")) from None
+        raise StorageError(str(error).replace(str(Path(folder) / out.name), str(out))) from None
     except OSError as error:
         raise StorageError(f"{out} could not be written: {error}; free some space or choose another place") from None

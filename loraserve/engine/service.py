@@ -121,8 +121,8 @@ class Service:
         self.max_num_seqs = max_num_seqs if kv_memory is None else min(max_num_seqs, kv_memory // per_sequence)
         if self.max_num_seqs < 1:
             raise InvalidRequest(
-                f"no sequence fits: one of {self.max_model_len} tokens needs {per_sequence / 2**20:.0f} MiB of keys and "
-                "values; raise --kv-memory or lower --max-model-len",
+                f"no sequence fits: one of {self.max_model_len} tokens needs {per_sequence / 2**20:.0f} MiB of keys "
+                "and values; raise --kv-memory or lower --max-model-len",
                 param="kv_memory",
             )
         self.base = base
@@ -217,7 +217,7 @@ class Service:
             raise ContextLengthExceeded(
                 f"the prompt's {len(prompt)} tokens{asked} do not fit the context of {self.max_model_len} tokens; "
                 "shorten the conversation or lower max_tokens",
-                param="max_tokens" if 0 < room else "messages",
+                param="max_tokens" if room > 0 else "messages",
             )
         self._num_requests += 1
         if params.seed is not None:
