@@ -62,11 +62,10 @@ class LoraBatch:
     def __init__(self, stack: AdapterStack, row_weights: Tensor) -> None:
         self.stack = stack
         self.row_weights = row_weights
-        touched = row_weights.ne(0).any(dim=1)  # (N,)
-        self._all_touched = bool(touched.all())
-        self._touched = None if self._all_touched else touched.nonzero().squeeze(1)
-        self._any_touched = self._all_touched or self._touched.numel() > 0
-        self._masks: dict[tuple, Tensor] = {}
+        self._touched = row_weights.ne(0).any(dim=1).nonzero().squeeze(1)  # (N',)
+        self._all_touched = self._touched.numel() == row_weights.shape[0]
+        self._any_touched = self._touched.numel() > 0
+        self._masks: dict[tuple[tuple[int, int, float], ...], Tensor] = {}
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":

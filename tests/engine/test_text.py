@@ -32,7 +32,12 @@ def test_pieces_join_to_the_whole_text(base, step: int) -> None:
 @pytest.mark.parametrize("step", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("stop", "expected"),
-    [(("STOP",), "你好，世界 🌈 hello "), (("界", "STOP"), "你好，世"), (("hello STOP h",), "你好，世界 🌈 "), (("STOPX",), ANSWER)],
+    [
+        (("STOP",), "你好，世界 🌈 hello "),
+        (("界", "STOP"), "你好，世"),
+        (("hello STOP h",), "你好，世界 🌈 "),
+        (("STOPX",), ANSWER),
+    ],
 )
 def test_stop_string_ends_the_text_before_it(base, step: int, stop: tuple[str, ...], expected: str) -> None:
     text, reason, used = stream_of(base, stop, step)
