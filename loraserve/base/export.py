@@ -26,13 +26,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-MINIMIND_FIXES = (
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-)
+MINIMIND_FIXES = ("rms_norm_eps", "rope_theta", "rope_scaling")
+MINIMIND_FIXES_EXPERTS = ("num_experts_per_tok", "norm_topk_prob")
 """What a `.pth` does not record: every MiniMind of a generation has the same."""
 
 
@@ -53,6 +48,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, tokenizer: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        shutil.copymode(staging / "config.json", staging / "model.safetensors")  # safetensors lets only its owner read
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, staging / name)
@@ -72,7 +68,7 @@ def write_minimind(checkpoint: Checkpoint, out: Path) -> None:
     fixed = _minimind_config(checkpoint)
     if problems := [
         f"{name} is {getattr(config, name)}, in a .pth always {getattr(fixed, name)}"
-        for name in MINIMIND_FIXES
+        for name in (*MINIMIND_FIXES, *(MINIMIND_FIXES_EXPERTS if config.num_experts else ()))
         if getattr(config, name) != getattr(fixed, name)
     ]:
         raise CheckpointError(f"MiniMind's model cannot express this one: {'; '.join(problems)}; use --format hf")

@@ -50,9 +50,10 @@ class Conversation:
         """
         question = {"role": "user", "content": text}
         content, reason = "", ""
+        screen = Screen()
         try:
             for reasoning, more, ended in self._stream(question):
-                show(reasoning, more)
+                screen.push(reasoning, more)
                 content += more
                 reason = ended
         except KeyboardInterrupt:
@@ -79,10 +80,20 @@ class Conversation:
             generation.cancel()
 
 
-def show(reasoning: str, content: str) -> None:
-    """Print the next part of an answer; its reasoning only on a terminal, dimmed."""
-    terminal = sys.stdout.isatty()
-    if reasoning and terminal:
-        click.secho(CONTROL.sub("", reasoning), dim=True, nl=False)
-    if content:
-        click.echo(CONTROL.sub("", content) if terminal else content, nl=False)
+class Screen:
+    """Prints one answer as it comes. Its reasoning appears only on a terminal, dimmed, on lines of its own."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._reasoned = False
+
+    def push(self, reasoning: str, content: str) -> None:
+        if reasoning and self._terminal:
+            click.secho(self._safe(reasoning), dim=True, nl=False)
+            self._reasoned = True
+        if content:
+            click.echo(("\n\n" if self._reasoned else "") + self._safe(content), nl=False)
+            self._reasoned = False
+
+    def _safe(self, text: str) -> str:
+        return CONTROL.sub("", text) if self._terminal else text

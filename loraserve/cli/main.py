@@ -21,12 +21,12 @@ from loraserve.cli.exits import exit_code, is_broken_pipe, report, silence_stdou
 
 SUMMARIES = {
     "train": "Train an adapter on the frozen base and publish it.",
-    "serve": "Serve the base with all adapters over HTTP, with a chat page.",
+    "serve": "Serve the base with all adapters: OpenAI's API and a chat page.",
     "chat": "Chat in the terminal and switch adapters as you go.",
     "merge": "Fold an adapter or a blend into a standalone checkpoint.",
     "adapters": "List, inspect, import, export and version adapters.",
     "base": "List, inspect, download and convert bases.",
-    "bench": "Run reproducible benchmarks.",
+    "bench": "Run reproducible benchmarks; the last line of stdout is JSON.",
     "version": "Print the versions of loraserve and what it runs on.",
 }
 
@@ -57,6 +57,7 @@ class LazyGroup(LoraserveGroup):
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run a command line and exit: an int returned by the command is the exit code."""
+        _set_up_logging()
         extra["standalone_mode"] = False
         try:
             result = super().main(args, prog_name, **extra)
@@ -80,17 +81,14 @@ class _StderrHandler(logging.Handler):
 
 
 def _set_up_logging() -> None:
+    """Log from INFO on; `--debug` lowers that."""
     log = logging.getLogger("loraserve")
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler())
     log.setLevel(logging.INFO)
 
 
-@click.group(cls=LazyGroup, epilog="An adapter SPEC is name, name:0.5, a:0.7+b:0.3 (an exact blend) or base (none).")
+@click.group(cls=LazyGroup, epilog="An adapter SPEC: name, name:0.5, a:0.7+b:0.3 (a blend), base (none).")
 @click.version_option(loraserve.__version__, message="loraserve %(version)s")
 def main() -> None:
     """Many LoRA adapters on one small frozen model: train, serve, chat, merge."""
-
-
-# Before any option is parsed, for `--debug` raises the level set here.
-_set_up_logging()

@@ -31,9 +31,9 @@ from loraserve.cli.tables import pairs, shorten
 @base_options
 @mismatch_option
 def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_base_mismatch: bool) -> None:
-    """Fold the adapter or blend SPEC into the base's own weights, as a standalone checkpoint.
+    """Fold an adapter or a blend into a standalone checkpoint.
 
-    The base stays as it is. A report compares the checkpoint with base plus adapter: the largest difference of any
+    SPEC is name, name:0.5 or a:0.7+b:0.3. The base stays as it is. A report compares the checkpoint with base plus adapter: the largest difference of any
     logit, and how often both choose the same next token. It is computed in float32 unless --dtype says otherwise;
     the checkpoint keeps the number format of the base's file.
 
