@@ -16,10 +16,17 @@ from loraserve.errors import StorageError
 
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
-    """Turn an OSError within into a StorageError that says what could not be done; `action` reads 'write the card'."""
+    """Turn an OSError within into a StorageError that says what could not be done.
+
+    Args:
+        action: as in 'publish adapter x'; of nested ones the outermost is told, for that is what the user asked for.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, StorageError) as failure:
+        error = failure if isinstance(failure, OSError) else failure.__cause__
+        if not isinstance(error, OSError):
+            raise
         where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
         raise StorageError(f"cannot {action}: {error.strerror or error}{where}; nothing was changed") from error
 

@@ -181,7 +181,7 @@ class AdapterFolder:
 
 def is_adapter(path: str) -> bool:
     """Whether a directory of the registry holds an adapter; at most two stat calls."""
-    return os.path.lexists(f"{path}/.current") or os.path.lexists(f"{path}/{CONFIG_FILE}")
+    return os.path.lexists(f"{path}/{CONFIG_FILE}") or os.path.lexists(f"{path}/.current")
 
 
 def state_of(path: Path | str) -> State | None:

@@ -81,25 +81,3 @@ def sha256_of(path: Path) -> str:
         return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def compare_base(
-    manifest: Manifest, fingerprint: str | None, allow_mismatch: bool = False
-) -> tuple[list[str], list[str]]:
-    """Compare the base an adapter was trained on with the one it is to run on.
-
-    Args:
-        fingerprint: of the base it is to run on; None if there is none.
-        allow_mismatch: report another base as a warning.
-
-    Returns:
-        Problems, which refuse the adapter, and warnings.
-    """
-    if fingerprint is None or manifest.base_fingerprint == fingerprint:
-        return [], []
-    if manifest.base_fingerprint is None:
-        return [], [f"it does not say which base it was trained on (no base_fingerprint in {MANIFEST_FILE})"]
-    made_for = f"trained on another base ({manifest.base_name or manifest.base_fingerprint[:19]})"
-    if allow_mismatch:
-        return [], [f"{made_for}, allowed by --allow-base-mismatch"]
-    return [f"{made_for}; --allow-base-mismatch takes it all the same"], []

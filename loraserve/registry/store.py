@@ -21,8 +21,9 @@ from loraserve.lora.files import copy_file, write_file
 from loraserve.lora.peft import read_adapter, write_adapter
 from loraserve.lora.spec import BASE, NAME_PATTERN, Spec, check_name, parse_spec
 from loraserve.registry.adopt import adopt_dropped, seal, settle
+from loraserve.registry.fit import Fit
 from loraserve.registry.folder import WATCHED, AdapterFolder, is_adapter
-from loraserve.registry.manifest import MANIFEST_FILE, Manifest, compare_base, read_manifest
+from loraserve.registry.manifest import MANIFEST_FILE, Manifest
 from loraserve.registry.record import Record, read_record
 from loraserve.registry.sources import blend_of, export_to, import_to
 from loraserve.registry.staging import Staging
@@ -52,7 +53,7 @@ class Registry:
         self.root = Path(root)
         self.shapes = shapes
         self.fingerprint = fingerprint
-        self.allow_base_mismatch = allow_base_mismatch
+        self._fit = Fit(shapes, fingerprint, allow_base_mismatch)
         self._records: dict[str, Record] = {}
         self._staging = Staging(self.root)
 
@@ -97,7 +98,7 @@ class Registry:
                 warning, settled = str(error), False
             signature = folder.signature() or ()
         record = read_record(name, folder, folder.current() or 0, self.shapes)
-        problems, doubts = self._compare_base(record.manifest)
+        problems, doubts = self._fit.compare(record.manifest)
         if problems:
             raise AdapterRefused(name, problems)
         doubts += [warning] if warning else []
@@ -148,7 +149,7 @@ class Registry:
                 raise InvalidRequest(f"{file!r} cannot be the name of a file beside an adapter")
         sizes = {target: (tuple(w.A.shape), tuple(w.B.shape)) for target, w in adapter.weights.items()}
         problems = find_size_problems(sizes, self.shapes) + find_value_problems(adapter)
-        problems += self._compare_base(manifest)[0]
+        problems += self._fit.compare(manifest)[0]
         if problems:
             raise AdapterRefused(name, problems)
 
@@ -176,11 +177,7 @@ class Registry:
 
         def fill(staging: Path) -> None:
             import_to(staging, source, name, self.shapes)
-            manifest, _ = read_manifest(staging)
-            read_adapter(staging, name, self.shapes, manifest.sha256)
-            if problems := self._compare_base(manifest)[0]:
-                raise AdapterRefused(name, problems)
-            seal(staging, manifest)
+            seal(staging, self._fit.check(staging, name))
 
         return self._install(name, fill)
 
@@ -203,14 +200,15 @@ class Registry:
 
     def remove(self, name: str) -> None:
         """Remove an adapter with all its versions; a request that runs on it is not disturbed."""
+        self._existing(name)
         with self._staging.locked(f"remove adapter {name!r}"):
-            folder = self._existing(name)
-            os.rename(folder.path, self._staging.place(name))  # gone at once; the rest is cleaning up
+            os.rename(self._existing(name).path, self._staging.place(name))  # gone at once; the rest is cleaning up
             self._staging.clean()
         self._records.pop(name, None)
 
-    def rename(self, old: str, new: str) -> Record:
+    def rename(self, old: str, new: str) -> None:
         """Give an adapter with all its versions another name. Raises Conflict if the new one is taken."""
+        self._existing(old)
         check_name(new)
         with self._staging.locked(f"rename adapter {old!r}"):
             folder = self._existing(old)
@@ -218,7 +216,6 @@ class Registry:
                 raise Conflict(f"cannot rename {old!r} to {new!r}: {self.root / new} exists")
             os.rename(folder.path, self.root / new)
         self._records.pop(old, None)
-        return self.get(new)
 
     def history(self, name: str) -> list[Record]:
         """Every readable version, the oldest first; for a directory that was dropped in, that alone as version 0."""
@@ -240,8 +237,9 @@ class Registry:
 
         Raises:
             VersionNotFound: there is no such version.
-            AdapterRefused: its files are damaged; the current version is what it was.
+            AdapterRefused: it is damaged, or made for another base; the current version is what it was.
         """
+        self._existing(name)
         with self._staging.locked(f"roll adapter {name!r} back"):
             folder = self._existing(name)
             settle(folder, self._staging.place(name))
@@ -251,8 +249,7 @@ class Registry:
             if version is None or version not in numbers:
                 wanted = str(version) if version is not None else f"older than {current or 'this'}"
                 raise VersionNotFound(wanted, hint=f"adapter {name!r} has {_listed(numbers)}")
-            path = folder.version_path(version)
-            read_adapter(path, name, sha256=read_manifest(path)[0].sha256)
+            self._fit.check(folder.version_path(version), name)
             folder.switch(version)
         return self.get(name)
 
@@ -270,7 +267,7 @@ class Registry:
         names = self.names() if name is None else [name]
         problems = find_strays(self.root) if name is None else []
         for each in names:
-            problems += find_problems_of(each, self._existing(each), self.shapes, self._compare_base)
+            problems += find_problems_of(each, self._existing(each), self._fit)
         return problems
 
     def _install(self, name: str, fill: Callable[[Path], None]) -> Record:
@@ -291,9 +288,6 @@ class Registry:
                 adopt_dropped(folder, self._staging.place(name))
             folder.add(staged)
         return self.get(name)
-
-    def _compare_base(self, manifest: Manifest) -> tuple[list[str], list[str]]:
-        return compare_base(manifest, self.fingerprint, self.allow_base_mismatch)
 
     def _folder(self, name: str) -> AdapterFolder:
         return AdapterFolder(self.root / check_name(name))

@@ -1,17 +1,16 @@
 """Checking what lies in the registry against what was published. Reads only."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraserve.errors import AdapterRefused
-from loraserve.lora.adapter import Shapes
 from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import CONFIG_FILE, read_adapter
 from loraserve.lora.spec import BASE, NAME_PATTERN
+from loraserve.registry.fit import Fit
 from loraserve.registry.folder import AdapterFolder, is_adapter
-from loraserve.registry.manifest import Manifest, read_manifest, sha256_of
+from loraserve.registry.manifest import read_manifest, sha256_of
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ def find_strays(root: Path) -> list[Problem]:
     return problems
 
 
-def find_problems_of(
-    name: str, folder: AdapterFolder, shapes: Shapes | None, compare: Callable[[Manifest], tuple[list[str], list[str]]]
-) -> list[Problem]:
+def find_problems_of(name: str, folder: AdapterFolder, fit: Fit) -> list[Problem]:
     """Everything wrong with one adapter; the base matters only for its current version."""
     current = folder.current()
     problems = []
@@ -57,10 +54,10 @@ def find_problems_of(
             found.append(f"{CONFIG_FILE} does not have the sha256 it was published with: changed or damaged")
         in_use = number == (current or 0)
         try:
-            read_adapter(path, name, shapes if in_use else None, manifest.sha256)
+            read_adapter(path, name, fit.shapes if in_use else None, manifest.sha256)
         except AdapterRefused as refusal:
             found += refusal.problems
-        found += compare(manifest)[0] if in_use else []
+        found += fit.compare(manifest)[0] if in_use else []
         problems += [Problem(name, number or None, message) for message in found]
     if folder.numbers() and current is None:
         problems.append(Problem(name, None, "no version is current; roll back to one"))
