@@ -30,6 +30,9 @@ from loraserve.registry import Registry
 
 MAX_BATCHED_TOKENS = 512
 ADAPTER_MEMORY = 1 << 30
+"""Bytes of A and B kept on the device for adapters that no request runs on."""
+MAX_ACTIVE_ADAPTERS = 64
+"""Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
 
 class Generation:
@@ -130,7 +133,7 @@ class Service:
         self.max_queue = max_queue
         self.adapters = AdapterCache(registry, base.device, base.dtype, ADAPTER_MEMORY)
         cache = KVCache(base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
-        scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), self.max_num_seqs * 16)
+        scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
         self._seed = seed
