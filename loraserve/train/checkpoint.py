@@ -10,11 +10,11 @@ follow from the seed and the position (`data`), so no generator's state is kept.
 two runs off one name.
 """
 
-import os
+import io
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import filelock
 import torch
 from torch import Tensor
 
-from loraserve.errors import CheckpointError, Conflict, InvalidRequest, StorageError
+from loraserve.errors import CheckpointError, Conflict, InvalidRequest
+from loraserve.lora.files import storage_errors, write_file
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -43,20 +44,11 @@ class RunState:
 
 
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being written."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write {what}: {error.strerror or error}") from None
-
-
-@contextmanager
 def exclusive(name: str, folders: Iterable[Path]) -> Iterator[None]:
     """Hold the name `name` in each of `folders`; raises Conflict at once if another process has it."""
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
-            with storage_errors(str(folder)):
+            with storage_errors(f"lock {name!r} in {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = filelock.FileLock(folder / f"{name}.lock", timeout=0)
                 try:
@@ -70,20 +62,11 @@ def exclusive(name: str, folders: Iterable[Path]) -> Iterator[None]:
 
 def save_state(folder: Path, state: RunState) -> None:
     """Replace the checkpoint in `folder`. A crash at any moment leaves the old one or the new one."""
-    path = folder / CHECKPOINT
-    scratch = folder / f"{CHECKPOINT}.tmp"
-    with storage_errors(str(path)):
+    content = io.BytesIO()
+    torch.save({field.name: getattr(state, field.name) for field in fields(state)}, content)
+    with storage_errors(f"save the run in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            torch.save(asdict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_file(folder / CHECKPOINT, content.getvalue())
 
 
 def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
@@ -118,7 +101,7 @@ def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
 
 def discard(folder: Path) -> None:
     """Remove what an ended run left in `folder`, and the folder if nothing else is in it."""
-    for name in (CHECKPOINT, f"{CHECKPOINT}.tmp", METRICS):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / CHECKPOINT, folder / METRICS, *folder.glob(f".{CHECKPOINT}.*")):
+        path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -89,6 +89,12 @@ def write_base(folder: Path, *, num_experts: int = 0, context: int = 256) -> Pat
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models as small as these run fastest on one."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("bases") / "tiny")

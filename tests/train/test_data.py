@@ -82,7 +82,7 @@ def test_a_dialogue_longer_than_the_context_is_refused_and_cut_only_when_asked(b
     late = {"messages": [{"role": "user", "content": "hi " * 300}, {"role": "assistant", "content": "hello"}]}
     file = read_file(write_rows(tmp_path / "data.jsonl", [short, long, late]))
     with pytest.raises(
-        DataError, match="2 rows .* lines 2, 3: longer than the base's context of 64 tokens; the longest"
+        DataError, match=r"2 rows .* lines 2, 3: longer than the base's context of 64 tokens; the longest"
     ):
         encoder_of(base_dir, context=64).encode_file(file)
     with pytest.raises(DataError, match="line 3: nothing to supervise within the first 40 tokens; raise --max-seq-len"):

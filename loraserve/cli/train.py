@@ -1,0 +1,220 @@
+"""`loraserve train`: the options of a training run, and MiniMind's spelling of them."""
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry
+from loraserve.errors import InvalidRequest
+
+FLAG = click.Choice(["0", "1"])
+FRACTION = click.FloatRange(0, 1)
+POSITIVE = click.FloatRange(0, min_open=True)
+COUNT = click.IntRange(1)
+MINIMIND_WEIGHT, MINIMIND_HIDDEN_SIZE = "full_sft", 768
+"""What MiniMind's own script takes where its command line does not say."""
+
+
+@dataclass(frozen=True)
+class MiniMindBase:
+    """How a MiniMind command line names its base. Nothing given means that it does not."""
+
+    from_weight: str | None
+    hidden_size: int | None
+    num_hidden_layers: int | None
+    use_moe: str | None
+
+
+def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that only MiniMind's command lines have; the function receives `minimind: MiniMindBase`."""
+
+    @functools.wraps(function)
+    def collect(
+        *args: Any,
+        from_weight: str | None,
+        hidden_size: int | None,
+        num_hidden_layers: int | None,
+        use_moe: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        return function(*args, minimind=MiniMindBase(from_weight, hidden_size, num_hidden_layers, use_moe), **kwargs)
+
+    for option in (
+        # Upstream turns compilation off for LoRA itself, and here no workers are needed: data is tokenized once.
+        click.option("--use-compile", type=FLAG, expose_value=False, hidden=True),
+        click.option("--num-workers", type=click.IntRange(0), expose_value=False, hidden=True),
+        click.option("--use-moe", type=FLAG, help="1: the weights' file name ends in _moe."),
+        click.option("--num-hidden-layers", type=COUNT, metavar="N", help="Checked against the weights."),
+        click.option("--hidden-size", type=COUNT, metavar="N", help="Part of the weights' file name.  [default: 768]"),
+        click.option(
+            "--from-weight",
+            metavar="NAME",
+            help="MiniMind's base instead of --base: ../out/NAME_<hidden size>[_moe].pth, then in --save-dir.",
+        ),
+    ):
+        collect = option(collect)
+    return collect
+
+
+@click.command(cls=LoraserveCommand)
+@base_options
+@click.option(
+    "--data",
+    "--data-path",
+    "data",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows.",
+)
+@click.option("--name", "--lora-name", "name", help="The adapter's name.  [default: the data file's stem]")
+@click.option(
+    "--targets",
+    default="all-linear",
+    show_default=True,
+    metavar="TARGETS",
+    help="all-linear, all (with lm_head), attention, minimind (as upstream: rank 16, scale 1), module names "
+    "separated by commas, or a regex over module paths.",
+)
+@click.option("--rank", "-r", type=click.IntRange(1), metavar="R", help="Of the update.  [default: 8; minimind: 16]")
+@click.option("--alpha", type=POSITIVE, metavar="ALPHA", help="Scale is alpha/rank.  [default: 2·rank; minimind: rank]")
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues per step.")
+@click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True, help="Falls to a tenth on a cosine.")
+@click.option("--accumulation-steps", type=click.IntRange(1), default=1, show_default=True, help="Steps per update.")
+@click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True)
+@click.option(
+    "--loss-reduction",
+    type=click.Choice(["tokens", "mean"]),
+    default="tokens",
+    show_default=True,
+    help="tokens: each supervised token of an update weighs the same. mean: MiniMind's mean of means.",
+)
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Cut longer dialogues.  [default: refuse those beyond the base's context]",
+)
+@click.option("--val-split", type=FRACTION, default=0.0, show_default=True, help="Fraction of dialogues held out.")
+@click.option(
+    "--random-system-prompt",
+    type=FRACTION,
+    default=0.0,
+    show_default=True,
+    help="Fraction of dialogues without a system message that get one (MiniMind: 0.2).",
+)
+@click.option(
+    "--drop-empty-think",
+    type=FRACTION,
+    default=0.0,
+    show_default=True,
+    help="Fraction whose empty think block is removed (MiniMind-3: 0.8).",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32), default=42, show_default=True)
+@click.option("--log-interval", type=click.IntRange(1), default=10, show_default=True, help="Steps between log lines.")
+@click.option("--save-interval", type=click.IntRange(1), default=100, show_default=True, help="Steps between saves.")
+@click.option(
+    "--save-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where an unfinished run keeps its state.  [default: .training in the adapters' directory]",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of this name.")
+@click.option("--from-resume", type=FLAG, default="0", help="1 is --resume.")
+@click.option("--use-wandb", is_flag=True, help="Log to Weights & Biases.")
+@click.option("--wandb-project", default="loraserve", show_default=True)
+@minimind_options
+def command(
+    options: BaseOptions,
+    minimind: MiniMindBase,
+    data: Path,
+    name: str | None,
+    targets: str,
+    rank: int | None,
+    alpha: float | None,
+    random_system_prompt: float,
+    drop_empty_think: float,
+    resume: bool,
+    from_resume: str,
+    use_wandb: bool,
+    wandb_project: str,
+    **settings: Any,
+) -> None:
+    """Train an adapter on the frozen base and publish it.
+
+    MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
+    stopped or killed goes on with --resume and ends with the same adapter.
+    """
+    from loraserve.train.data import Augmentation
+    from loraserve.train.options import TrainOptions
+    from loraserve.train.report import import_wandb
+    from loraserve.train.trainer import train
+
+    train_options = TrainOptions(
+        data=data,
+        name=name if name is not None else data.stem,
+        targets=parse_targets(targets),
+        r=rank,
+        lora_alpha=alpha,
+        augmentation=Augmentation(random_system_prompt, drop_empty_think),
+        resume=resume or from_resume == "1",
+        wandb_project=wandb_project if use_wandb else None,
+        **settings,
+    )
+    train_options.check()
+    if use_wandb:
+        import_wandb()
+    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
+    base = open_base(with_minimind_base(options, minimind, train_options.save_dir, explicit_base))
+    layers = base.config.num_hidden_layers
+    if minimind.num_hidden_layers not in (None, layers):
+        raise InvalidRequest(
+            f"{base.path} has {layers} layers, not the {minimind.num_hidden_layers} of --num-hidden-layers",
+            param="num_hidden_layers",
+        )
+    record = train(base, open_registry(options, base), train_options, sys.stderr).record
+    click.echo(f"published {record.name!r} version {record.version} in {record.path}")
+
+
+def parse_targets(text: str) -> str | list[str]:
+    """A preset or a regex as it is; module names separated by commas as a list."""
+    from loraserve.lora.config import PRESETS
+
+    if text in PRESETS or not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        return text
+    return text.split(",")
+
+
+def with_minimind_base(
+    options: BaseOptions, minimind: MiniMindBase, save_dir: Path | None, explicit_base: bool
+) -> BaseOptions:
+    """The options with the base a MiniMind command line names; unchanged if it names none.
+
+    Raises:
+        UsageError: --base names another.
+        ModelNotFound: the weights are in neither place.
+    """
+    from loraserve.base.resolve import minimind_weights
+
+    if minimind == MiniMindBase(None, None, None, None):
+        return options
+    if explicit_base:
+        if minimind.from_weight is None:
+            return options
+        raise click.UsageError("--base and --from-weight both name a base; give one of them")
+    path = minimind_weights(
+        minimind.from_weight or MINIMIND_WEIGHT,
+        minimind.hidden_size or MINIMIND_HIDDEN_SIZE,
+        minimind.use_moe == "1",
+        save_dir or Path("out"),
+    )
+    return dataclasses.replace(options, base=str(path))

@@ -1,0 +1,280 @@
+"""`train`: from a dialogue file to a published adapter, on a frozen base.
+
+    read and check the data → initial adapter, or the checkpoint of an interrupted run → optimizer steps, with periodic
+    checkpoints and validation → card → publish
+
+The model runs exactly as it serves: one flat batch, one `LoraBatch`, whose A and B are parameters here. On a CPU a run
+that was killed anywhere and resumed publishes the same bytes as one that was not; a GPU's attention kernels may add up
+in another order.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+
+from loraserve.base.load import Base
+from loraserve.errors import TrainingInterrupted
+from loraserve.lora.adapter import Adapter, LoraWeight
+from loraserve.lora.config import LoraConfig, compact_targets, expand_targets
+from loraserve.registry import Record, Registry
+from loraserve.train.batch import PackedBatch, pack, summed_loss
+from loraserve.train.card import CURVE, loss_curve, write_card
+from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
+from loraserve.train.data import Dataset, Encoder
+from loraserve.train.initial import initial_weights
+from loraserve.train.options import TrainOptions
+from loraserve.train.report import Metrics, Progress, WandbLog
+from loraserve.train.rows import read_file
+from loraserve.train.samples import compare
+from loraserve.train.step import AdapterOptimizer
+
+WORK_FOLDER = ".training"
+NUM_SAMPLE_ANSWERS = 3
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: what was published, and its figures as the card and the manifest have them."""
+
+    record: Record
+    metrics: dict[str, Any]
+
+
+def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO) -> TrainResult:
+    """Train an adapter and publish it under `options.name`.
+
+    Args:
+        stream: gets a progress bar if it is a terminal, log lines otherwise.
+
+    Raises:
+        InvalidRequest: an option that cannot be, or a checkpoint of another recipe to resume.
+        DataError: a file with unusable rows.
+        Conflict: another process is training this name.
+        TrainingFailed: the loss is not a number; nothing is published.
+        TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
+        StorageError: a checkpoint or the adapter could not be written; the last good checkpoint stays.
+    """
+    options.check()
+    work = registry.root / WORK_FOLDER
+    folder = (options.save_dir or work) / options.name
+    with exclusive(options.name, {work, folder.parent}):
+        run = _Run(base, registry, options, folder, stream)
+        try:
+            run.loop()
+        finally:
+            run.close()
+        result = run.publish()
+        discard(folder)
+        return result
+
+
+class _Run:
+    def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
+        self.base, self.registry, self.options, self.folder = base, registry, options, folder
+        self.data = read_file(options.data)
+        encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
+        self.dataset = Dataset(
+            self.data, encoder, seed=options.seed, val_split=options.val_split, augmentation=options.augmentation
+        )
+        self.per_epoch = math.ceil(len(self.dataset) / options.batch_size)
+        self.total = self.per_epoch * options.epochs
+        targets = expand_targets(options.targets, base.shapes)
+        self.config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            target_modules=tuple(compact_targets(targets, base.shapes)),
+            base_model_name_or_path=base.name,
+        )
+        self.weights = initial_weights(
+            targets,
+            base.shapes,
+            self.config,
+            normal=options.targets == "minimind",
+            seed=options.seed,
+            device=base.device,
+        )
+        self.optimizer = AdapterOptimizer(
+            base.model,
+            self.weights,
+            total_steps=self.total,
+            peak_learning_rate=options.learning_rate,
+            grad_clip=options.grad_clip,
+            accumulation_steps=options.accumulation_steps,
+            loss_reduction=options.loss_reduction,
+        )
+        self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
+        self.identity = self.recipe | {"data_sha256": self.data.sha256, "base_fingerprint": base.fingerprint}
+        state = load_state(folder, self.identity) if options.resume else None
+        self.seconds, wandb_id = 0.0, None
+        if state is not None:
+            self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
+            self.seconds, wandb_id = state.seconds, state.wandb_id
+        else:
+            discard(folder)
+        done = self.optimizer.step
+        project = options.wandb_project
+        self.wandb = WandbLog(project, options.name, self.recipe, wandb_id) if project else None
+        self.metrics = Metrics(folder / METRICS, done=done)
+        self.progress = Progress(
+            stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
+        )
+        self._announce(state)
+
+    def _announce(self, state: RunState | None) -> None:
+        parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
+        held_out = f" and {len(self.dataset.val)} for validation" if self.dataset.val else ""
+        self.progress.note(
+            f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "
+            f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
+            f"{len(self.dataset)} dialogues{held_out}, "
+            f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
+        )
+        if self.dataset.num_cut:
+            self.progress.note(f"{self.dataset.num_cut} dialogues were cut at {self.options.max_seq_len} tokens")
+        if state is not None:
+            self.progress.note(f"resuming after step {state.step} of {self.total}")
+        elif self.options.resume:
+            self.progress.note(f"no checkpoint in {self.folder}: starting from the beginning")
+
+    def loop(self) -> None:
+        """Run to the last step; see `train` for what it raises."""
+        options, started = self.options, time.monotonic() - self.seconds
+        if self.optimizer.step == 0:
+            self._validate()
+        with _stop_signals() as stop:
+            while self.optimizer.step < self.total and not stop.requested:
+                before = self.optimizer.step
+                records = self.optimizer.advance(self._window(), stop=lambda: bool(stop.requested))
+                self.seconds = time.monotonic() - started
+                for record in records:
+                    entry = asdict(record) | {"epoch": (record.step - 1) // self.per_epoch + 1}
+                    self._log(entry | {"seconds": round(self.seconds, 3)})
+                if not records:
+                    break
+                self.progress.advance(records)
+                if self.optimizer.step % self.per_epoch == 0:
+                    self._validate()
+                if self.optimizer.step // options.save_interval > before // options.save_interval:
+                    self._save()
+            self._save()
+        if self.optimizer.step < self.total:
+            raise TrainingInterrupted(
+                f"stopped by {stop.requested} after step {self.optimizer.step} of {self.total}; the state is saved in "
+                f"{self.folder}; run the same command with --resume to go on"
+            )
+
+    def _window(self) -> list[PackedBatch]:
+        """The micro-batches of the next optimizer step; a window does not reach into the next epoch."""
+        epoch, first = divmod(self.optimizer.step, self.per_epoch)
+        size, order = self.options.batch_size, self.dataset.order(epoch)
+        last = min(first + self.options.accumulation_steps, self.per_epoch)
+        rows = [order[i * size : (i + 1) * size] for i in range(first, last)]
+        return [pack([self.dataset.sample(epoch, row) for row in batch]) for batch in rows]
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        samples, size = self.dataset.val, self.options.batch_size
+        if not samples:
+            return
+        batches = [pack(samples[i : i + size]) for i in range(0, len(samples), size)]
+        total = sum(float(summed_loss(self.base.model, batch, self.optimizer.stack)) for batch in batches)
+        loss = total / sum(batch.num_supervised for batch in batches)
+        self._log({"step": self.optimizer.step, "val_loss": loss})
+        self.progress.note(f"validation after step {self.optimizer.step}/{self.total}: loss {loss:.4f}")
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.metrics.add(record)
+        if self.wandb:
+            self.wandb.add(record)
+
+    def _save(self) -> None:
+        wandb_id = self.wandb.run_id if self.wandb else None
+        state = RunState(recipe=self.identity, seconds=self.seconds, wandb_id=wandb_id, **self.optimizer.state())
+        save_state(self.folder, state)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.close()
+
+    def publish(self) -> TrainResult:
+        trained = {
+            target: LoraWeight(weight.A.detach().cpu(), weight.B.detach().cpu(), weight.scaling)
+            for target, weight in self.weights.items()
+        }
+        metrics = self._figures()
+        asked = self.dataset.val_dialogues or self.dataset.train_dialogues
+        answers = compare(self.base, self.weights, asked, NUM_SAMPLE_ANSWERS)
+        card = write_card(self.options.name, self.base.name, self.recipe, metrics, answers)
+        manifest = {
+            "base_fingerprint": self.base.fingerprint,
+            "base_name": self.base.name,
+            "data_sha256": self.data.sha256,
+            "recipe": self.recipe,
+            "metrics": metrics,
+            "description": f"trained on {len(self.dataset)} dialogues of {self.data.name}",
+        }
+        files: dict[str, bytes | Path] = {
+            "README.md": card.encode(),
+            CURVE: loss_curve(self.metrics.losses, self.metrics.val_losses),
+            METRICS: self.metrics.path,
+        }
+        adapter = Adapter(trained, self.options.name)
+        record = self.registry.publish(self.options.name, adapter, self.config, manifest, files)
+        return TrainResult(record, metrics)
+
+    def _figures(self) -> dict[str, Any]:
+        steps = [record for record in self.metrics.records if "loss" in record]
+        last = steps[-self.per_epoch :]
+        supervised = sum(record["supervised_tokens"] for record in last)
+        tokens = sum(record["tokens"] for record in steps)
+        val_losses = self.metrics.val_losses
+        return {
+            "loss": round(sum(r["loss"] * r["supervised_tokens"] for r in last) / max(supervised, 1), 4),
+            "val_loss": round(val_losses[-1][1], 4) if val_losses else None,
+            "dialogues": len(self.dataset),
+            "num_parameters": sum(w.A.numel() + w.B.numel() for w in self.weights.values()),
+            "steps": self.total,
+            "tokens": tokens,
+            "seconds": round(self.seconds, 1),
+            "tokens_per_second": round(tokens / self.seconds),
+        }
+
+
+class _Stop:
+    """The name of the signal that asked to stop, or None."""
+
+    requested: str | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Let SIGINT and SIGTERM ask for a stop; a second one acts as it would have without us."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stop.requested = signal.Signals(number).name
+        signal.signal(number, handlers[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
