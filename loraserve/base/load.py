@@ -1,5 +1,6 @@
 """Load a base for use: weights on the device, tokenizer, chat template, fingerprint."""
 
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +98,9 @@ def pick_device(device: str) -> torch.device:
     """Turn a `--device` into a torch device; `auto` is the GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise InvalidRequest(f"device {device!r} is not one of auto, cpu, cuda, cuda:N", param="device") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", device):
+        raise InvalidRequest(f"device {device!r} is not one of auto, cpu, cuda, cuda:N", param="device")
+    picked = torch.device(device)
     if picked.type == "cuda" and (not torch.cuda.is_available() or (picked.index or 0) >= torch.cuda.device_count()):
         raise InvalidRequest(
             f"device {device!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use --device cpu or auto",

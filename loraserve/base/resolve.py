@@ -26,7 +26,7 @@ def resolve_base(ref: str) -> Path:
     if ref == BUNDLED:
         return bundled_path()
     path = Path(os.path.expanduser(ref))
-    if os.path.exists(path):  # unlike Path.exists it takes any string
+    if ref and os.path.exists(path):  # unlike Path.exists it takes any string
         return path
     match = HUB_ID.fullmatch(ref)
     if match and not ref.startswith((".", "/")) and path.suffix != ".pth":
@@ -59,13 +59,18 @@ def _download(repo: str, revision: str | None) -> Path:
         raise ModelNotFound(f"{repo}@{revision}", hint="the repository exists, this revision does not") from None
     except RepositoryNotFoundError:
         raise ModelNotFound(repo, hint="no such directory here and no such repository on the hub") from None
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        reason = _first_line(error.__cause__ or error)
         raise CheckpointError(
-            f"the hub cannot be reached and its local cache does not hold all of {repo}; try again when online"
+            f"the hub cannot be reached for {repo} ({reason}) and its local cache does not hold all of it; "
+            "try again when online"
         ) from None
     except (httpx2.HTTPError, OSError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{repo} could not be downloaded: {reason}") from None
+        raise CheckpointError(f"{repo} could not be downloaded: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def minimind_weights(from_weight: str, hidden_size: int, use_moe: bool, save_dir: Path) -> Path:
