@@ -33,9 +33,9 @@ from loraserve.cli.tables import pairs, shorten
 def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_base_mismatch: bool) -> None:
     """Fold an adapter or a blend into a standalone checkpoint.
 
-    SPEC is name, name:0.5 or a:0.7+b:0.3. The base stays as it is. A report compares the checkpoint with base plus adapter: the largest difference of any
-    logit, and how often both choose the same next token. It is computed in float32 unless --dtype says otherwise;
-    the checkpoint keeps the number format of the base's file.
+    SPEC is name, name:0.5 or a:0.7+b:0.3. The base stays as it is. A report compares the checkpoint with base plus
+    adapter: the largest difference of any logit, and how often both choose the same next token. It is computed in
+    float32 unless --dtype says otherwise; the checkpoint keeps the number format of the base's file.
 
     \b
     loraserve merge pirate --out out/pirate
@@ -52,6 +52,7 @@ def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_
     done = merge(base, registry, parsed, out, form)
     parity = done.parity
     same = round(parity.greedy_agreement * parity.greedy_tokens)
+    how = f"{parity.dtype} on {parity.device}"
     what = "MiniMind checkpoint" if form == "minimind" else "Hugging Face directory"
     untied = ["lm_head is no longer tied to the embeddings"] if done.untied else []
     click.secho(f"{spec} merged into {base.name}", bold=True)
@@ -61,7 +62,7 @@ def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_
             ("changed", "; ".join([f"{done.num_layers} layers", *untied])),
             (
                 "logits",
-                f"differ by at most {parity.max_logit_difference:.2g}, where the largest is {parity.max_logit:.3g}",
+                f"differ by at most {parity.max_logit_difference:.2g}, where the largest is {parity.max_logit:.3g} ({how})",
             ),
             ("greedy tokens", f"{same} of {parity.greedy_tokens} the same ({same / parity.greedy_tokens:.1%})"),
             ("report", f"{done.report_path}"),

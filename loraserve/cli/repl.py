@@ -43,19 +43,15 @@ class Repl:
         while not self._leaving:
             try:
                 line = self._read(_prompt("you> ")).strip()
+                if line.startswith("/"):
+                    self._command(line)
+                elif line:
+                    self._say(line)
             except KeyboardInterrupt:
                 click.echo("\n(Ctrl-D leaves)")
-                continue
             except EOFError:
                 click.echo()
                 return
-            if not line:
-                continue
-            try:
-                if line.startswith("/"):
-                    self._command(line)
-                else:
-                    self._say(line)
             except NotReady:
                 raise
             except LoraserveError as error:
