@@ -52,6 +52,7 @@ def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_
     done = merge(base, registry, parsed, out, form)
     parity = done.parity
     same = round(parity.greedy_agreement * parity.greedy_tokens)
+    difference = f"differ by at most {parity.max_logit_difference:.2g}"
     how = f"{parity.dtype} on {parity.device}"
     what = "MiniMind checkpoint" if form == "minimind" else "Hugging Face directory"
     untied = ["lm_head is no longer tied to the embeddings"] if done.untied else []
@@ -60,10 +61,7 @@ def command(spec: str, out: Path, form: str | None, options: BaseOptions, allow_
         [
             ("written", f"{done.path} ({what}, {done.dtype})"),
             ("changed", "; ".join([f"{done.num_layers} layers", *untied])),
-            (
-                "logits",
-                f"differ by at most {parity.max_logit_difference:.2g}, where the largest is {parity.max_logit:.3g} ({how})",
-            ),
+            ("logits", f"{difference}, where the largest is {parity.max_logit:.3g} ({how})"),
             ("greedy tokens", f"{same} of {parity.greedy_tokens} the same ({same / parity.greedy_tokens:.1%})"),
             ("report", f"{done.report_path}"),
             ("base", f"unchanged, {shorten(base.fingerprint)}"),
