@@ -61,9 +61,11 @@ def find_problems_of(name: str, folder: AdapterFolder, fit: Fit) -> list[Problem
         problems += [Problem(name, number or None, message) for message in found]
     if folder.numbers() and current is None:
         problems.append(Problem(name, None, "no version is current; roll back to one"))
-    elif current is not None and not folder.in_step():
-        message = (
-            f"{CONFIG_FILE} or {WEIGHTS_FILE} differ from version {current}: the next use adopts or refreshes them"
-        )
-        problems.append(Problem(name, None, message))
+    elif current is not None:
+        manifest, _ = read_manifest(folder.version_path(current))
+        expected = {CONFIG_FILE: manifest.config_sha256, WEIGHTS_FILE: manifest.sha256}
+        others = [name for name, sha in expected.items() if sha256_of(folder.path / name) != sha]
+        if others:
+            told = f"{' and '.join(others)} differ from version {current}; the next use adopts or refreshes them"
+            problems.append(Problem(name, None, told))
     return problems
