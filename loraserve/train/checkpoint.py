@@ -101,7 +101,8 @@ def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
 
 def discard(folder: Path) -> None:
     """Remove what an ended run left in `folder`, and the folder if nothing else is in it."""
-    for path in (folder / CHECKPOINT, folder / METRICS, *folder.glob(f".{CHECKPOINT}.*")):
-        path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    with storage_errors(f"clear {folder}"):
+        for path in (folder / CHECKPOINT, folder / METRICS, *folder.glob(f".{CHECKPOINT}.*")):
+            path.unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -69,7 +69,7 @@ class AdapterOptimizer:
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
-        self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate)
+        self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(model.lm_head.weight.device.type, enabled=half)
 

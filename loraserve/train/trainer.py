@@ -127,9 +127,9 @@ class _Run:
         self.progress = Progress(
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
         )
-        self._announce(state)
+        self._announce(state, encoder.limit)
 
-    def _announce(self, state: RunState | None) -> None:
+    def _announce(self, state: RunState | None, limit: int) -> None:
         parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
         held_out = f" and {len(self.dataset.val)} for validation" if self.dataset.val else ""
         self.progress.note(
@@ -139,7 +139,7 @@ class _Run:
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
         )
         if self.dataset.num_cut:
-            self.progress.note(f"{self.dataset.num_cut} dialogues were cut at {self.options.max_seq_len} tokens")
+            self.progress.note(f"{self.dataset.num_cut} dialogues were cut at {limit} tokens")
         if state is not None:
             self.progress.note(f"resuming after step {state.step} of {self.total}")
         elif self.options.resume:

@@ -8,7 +8,15 @@ import signal
 import pytest
 import torch
 
-from loraserve.errors import CheckpointError, Conflict, DataError, InvalidRequest, TrainingFailed, TrainingInterrupted
+from loraserve.errors import (
+    CheckpointError,
+    Conflict,
+    DataError,
+    InvalidRequest,
+    StorageError,
+    TrainingFailed,
+    TrainingInterrupted,
+)
 from loraserve.lora.batch import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.batch import pack, summed_loss
@@ -211,6 +219,22 @@ def test_bad_data_leaves_no_trace_in_the_registry(base, registry, options, tmp_p
     with pytest.raises(DataError, match="line 1: unknown role 'wizard'"):
         train(base, registry, replace(options, data=bad), io.StringIO())
     assert registry.names() == [] and registry.verify() == []
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error_before_any_training(base, registry, options, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StorageError, match=f"{tmp_path / 'taken'}"):
+        train(base, registry, replace(options, save_dir=tmp_path / "taken"), io.StringIO())
+    (registry.root / ".training").mkdir(parents=True, exist_ok=True)
+    (registry.root / ".training" / "robot").write_text("a file")
+    with pytest.raises(StorageError):
+        train(base, registry, options, io.StringIO())
+
+
+def test_dialogues_that_are_cut_are_counted_in_the_log(base, registry, options):
+    log = io.StringIO()
+    train(base, registry, replace(options, max_seq_len=45), log)
+    assert " dialogues were cut at 45 tokens" in log.getvalue()
 
 
 def test_a_name_in_training_is_refused_to_a_second_run(base, registry, options):
