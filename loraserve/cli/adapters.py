@@ -2,14 +2,13 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from loraserve.cli.options import LoraserveGroup, adapters_dir_option, mismatch_option
+from loraserve.cli.records import facts_of, figures, some_names
 from loraserve.cli.tables import count, pairs, shorten, size, table
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def command() -> None:
 @adapters_dir_option
 @json_option
 def list_adapters(adapters_dir: Path, as_json: bool) -> None:
-    """List the adapters; those that cannot be used are listed with the reason."""
+    """List the adapters, and why one cannot be used."""
     from loraserve.errors import LoraserveError
     from loraserve.registry import Registry
 
@@ -50,14 +49,14 @@ def list_adapters(adapters_dir: Path, as_json: bool) -> None:
             refused.append((name, error))
     if as_json:
         problems = [{"name": name, "problems": getattr(e, "problems", [str(e)])} for name, e in refused]
-        entries = [_facts(record) for record in records] + problems
+        entries = [facts_of(record) for record in records] + problems
         _print_json(sorted(entries, key=lambda entry: str(entry["name"])))
         return
     if not records and not refused:
         click.echo(f"no adapters in {adapters_dir}; `loraserve train --data FILE --name NAME` makes one")
     if records:
         header = ("ADAPTER", "VERSION", "RANK", "PARAMETERS", "SIZE", "CREATED", "DESCRIPTION")
-        table(header, [(r.name, r.version or "-", *_figures(r), r.manifest.description) for r in records])
+        table(header, [(r.name, r.version or "-", *figures(r), r.manifest.description) for r in records])
     for _, reason in refused:
         click.secho(str(reason), fg="yellow", err=True)
 
@@ -71,7 +70,7 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
     from loraserve.registry import Registry
 
     record = Registry(adapters_dir).get(name)
-    facts = _facts(record)
+    facts = facts_of(record)
     if as_json:
         _print_json(facts)
         return
@@ -84,7 +83,7 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
         "base": " ".join(filter(None, (facts["base_name"], fingerprint))),
         "rank": record.rank,
         "alpha": f"{record.config.lora_alpha:g}",
-        "targets": _short(record.config.target_modules),
+        "targets": some_names(record.config.target_modules),
         "parameters": f"{count(record.num_parameters)} ({record.num_parameters:,})",
         "size": size(record.size_bytes),
         "path": record.path,
@@ -110,7 +109,9 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
 def import_adapter(
     source: Path, name: str | None, base: str | None, allow_base_mismatch: bool, adapters_dir: Path
 ) -> None:
-    """Publish a PEFT directory or a MiniMind .pth; under a name that exists it becomes a new version.
+    """Publish a PEFT directory or a MiniMind .pth.
+
+    Under a name that exists it becomes a new version.
 
     \b
     loraserve adapters import ~/checkpoints/my-lora --name mine
@@ -181,19 +182,19 @@ def rename_adapter(old: str, new: str, adapters_dir: Path) -> None:
 @adapters_dir_option
 @json_option
 def show_history(name: str, adapters_dir: Path, as_json: bool) -> None:
-    """List an adapter's versions, the newest first; * marks the one in use."""
+    """List an adapter's versions; * marks the one in use."""
     from loraserve.registry import Registry
 
     registry = Registry(adapters_dir)
     current = registry.get(name).version
     records = registry.history(name)[::-1]
     if as_json:
-        _print_json([_facts(record) | {"current": record.version == current} for record in records])
+        _print_json([facts_of(record) | {"current": record.version == current} for record in records])
         return
     header = ("", "VERSION", "RANK", "PARAMETERS", "SIZE", "CREATED", "DESCRIPTION")
     marks = ["*" if record.version == current else "" for record in records]
     rows = [
-        (mark, r.version or "-", *_figures(r), r.manifest.description) for mark, r in zip(marks, records, strict=True)
+        (mark, r.version or "-", *figures(r), r.manifest.description) for mark, r in zip(marks, records, strict=True)
     ]
     table(header, rows)
 
@@ -203,7 +204,10 @@ def show_history(name: str, adapters_dir: Path, as_json: bool) -> None:
 @click.argument("version", type=click.IntRange(1), required=False)
 @adapters_dir_option
 def roll_back(name: str, version: int | None, adapters_dir: Path) -> None:
-    """Use an older version again, by default the one before. Newer ones stay: roll forward by their number."""
+    """Use an older version again.
+
+    By default it is the one before. Newer ones stay and can be named to go forward.
+    """
     from loraserve.registry import Registry
 
     record = Registry(adapters_dir).rollback(name, version)
@@ -231,7 +235,10 @@ def blend_adapters(spec: str, name: str, adapters_dir: Path) -> None:
 @mismatch_option
 @adapters_dir_option
 def verify_adapters(name: str | None, base: str | None, allow_base_mismatch: bool, adapters_dir: Path) -> int:
-    """Check every version of one adapter, or of all, for damage; exit with 1 if anything is wrong."""
+    """Check adapters and all their versions for damage.
+
+    Without NAME it checks all of them. The exit code is 1 if anything is wrong.
+    """
     registry = _open(adapters_dir, base, allow_base_mismatch)
     problems = registry.verify(name)
     for problem in problems:
@@ -241,6 +248,52 @@ def verify_adapters(name: str | None, base: str | None, allow_base_mismatch: boo
     found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "no problems"
     click.echo(f"{adapters} checked, {found}")
     return 1 if problems else 0
+
+
+@command.command("pull")
+@click.argument("hub_id", metavar="OWNER/NAME[@REVISION]")
+@click.option("--name", help="By default the repository's.")
+@base_option
+@mismatch_option
+@adapters_dir_option
+def pull_adapter(
+    hub_id: str, name: str | None, base: str | None, allow_base_mismatch: bool, adapters_dir: Path
+) -> None:
+    """Fetch an adapter from the Hugging Face hub.
+
+    \b
+    loraserve adapters pull someone/minimind-3-pirate --name pirate
+    """
+    from loraserve.lora.spec import check_name
+    from loraserve.registry.hub import download, split_hub_id
+
+    repo, own_name, revision = split_hub_id(hub_id)
+    name = check_name(name or own_name)
+    registry = _open(adapters_dir, base, allow_base_mismatch)
+    _report(f"pulled from {repo}", registry.import_(download(repo, revision), name))
+
+
+@command.command("push")
+@click.argument("name")
+@click.argument("hub_id", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="If the repository does not exist yet, make it private.")
+@adapters_dir_option
+def push_adapter(name: str, hub_id: str, private: bool, adapters_dir: Path) -> None:
+    """Upload an adapter to the Hugging Face hub.
+
+    The version in use goes there; the hub wants you to have run `hf auth login`.
+    """
+    from loraserve.registry import Registry
+    from loraserve.registry.hub import split_hub_id, upload
+
+    repo, _, revision = split_hub_id(hub_id)
+    if revision:
+        raise click.UsageError(f"{hub_id!r} names a revision; a push goes to owner/name", click.get_current_context())
+    registry = Registry(adapters_dir)
+    registry.load(name)  # nothing broken goes out
+    record = registry.get(name)
+    message = f"{name} version {record.version}" if record.version else name
+    click.echo(f"adapter {name!r} pushed to {upload(record.path, repo, private=private, message=message)}")
 
 
 def _open(adapters_dir: Path, base: str | None, allow_base_mismatch: bool = False) -> "Registry":
@@ -262,42 +315,6 @@ def _report(done: str, record: "Record") -> None:
     click.echo(f"adapter {record.name!r} {done} as version {record.version}: {what}")
     for warning in record.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
-
-
-def _figures(record: "Record") -> tuple[object, ...]:
-    created = datetime.fromtimestamp(record.created, UTC).astimezone()
-    return record.rank, count(record.num_parameters), size(record.size_bytes), f"{created:%Y-%m-%d %H:%M}"
-
-
-def _facts(record: "Record") -> dict[str, Any]:
-    """A record as JSON has it."""
-    manifest, config = record.manifest, record.config
-    return {
-        "name": record.name,
-        "version": record.version,
-        "path": str(record.path),
-        "created": datetime.fromtimestamp(record.created, UTC).isoformat(),
-        "description": manifest.description,
-        "rank": record.rank,
-        "config": config.to_peft(),
-        "targets": list(record.targets),
-        "num_parameters": record.num_parameters,
-        "size_bytes": record.size_bytes,
-        "base_name": manifest.base_name,
-        "base_fingerprint": manifest.base_fingerprint,
-        "sha256": manifest.sha256,
-        "parents": list(manifest.parents),
-        "data_sha256": manifest.data_sha256,
-        "recipe": dict(manifest.recipe),
-        "metrics": dict(manifest.metrics),
-        "warnings": record.warnings,
-    }
-
-
-def _short(names: Sequence[str] | str) -> str:
-    if isinstance(names, str):
-        return names
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _print_json(data: object) -> None:
