@@ -1,6 +1,5 @@
 """`loraserve adapters`: what is in the registry, and bringing adapters in, out and back."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from loraserve.cli.options import LoraserveGroup, adapters_dir_option, mismatch_option
-from loraserve.cli.records import facts_of, figures, some_names
+from loraserve.cli.records import facts_of, figures, print_json, report, some_names
 from loraserve.cli.tables import count, pairs, shorten, size, table
 
 if TYPE_CHECKING:
-    from loraserve.registry import Record, Registry
+    from loraserve.registry import Registry
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 base_option = click.option(
@@ -50,7 +49,7 @@ def list_adapters(adapters_dir: Path, as_json: bool) -> None:
     if as_json:
         problems = [{"name": name, "problems": getattr(e, "problems", [str(e)])} for name, e in refused]
         entries = [facts_of(record) for record in records] + problems
-        _print_json(sorted(entries, key=lambda entry: str(entry["name"])))
+        print_json(sorted(entries, key=lambda entry: str(entry["name"])))
         return
     if not records and not refused:
         click.echo(f"no adapters in {adapters_dir}; `loraserve train --data FILE --name NAME` makes one")
@@ -72,7 +71,7 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
     record = Registry(adapters_dir).get(name)
     facts = facts_of(record)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     click.secho(record.name, bold=True)
     fingerprint = shorten(facts["base_fingerprint"]) if facts["base_fingerprint"] else None
@@ -101,7 +100,7 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
 
 
 @command.command("import")
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option("--name", help="By default that of the directory or file.")
 @base_option
 @mismatch_option
@@ -117,7 +116,7 @@ def import_adapter(
     loraserve adapters import ~/checkpoints/my-lora --name mine
     loraserve adapters import ../out/lora/lora_identity_768.pth --name identity
     """
-    _report("imported", _open(adapters_dir, base, allow_base_mismatch).import_(source, name))
+    report("imported", _open(adapters_dir, base, allow_base_mismatch).import_(source, name))
 
 
 @command.command("export")
@@ -189,7 +188,7 @@ def show_history(name: str, adapters_dir: Path, as_json: bool) -> None:
     current = registry.get(name).version
     records = registry.history(name)[::-1]
     if as_json:
-        _print_json([facts_of(record) | {"current": record.version == current} for record in records])
+        print_json([facts_of(record) | {"current": record.version == current} for record in records])
         return
     header = ("", "VERSION", "RANK", "PARAMETERS", "SIZE", "CREATED", "DESCRIPTION")
     marks = ["*" if record.version == current else "" for record in records]
@@ -226,7 +225,7 @@ def blend_adapters(spec: str, name: str, adapters_dir: Path) -> None:
     """
     from loraserve.registry import Registry
 
-    _report("published", Registry(adapters_dir).blend(spec, name))
+    report("published", Registry(adapters_dir).blend(spec, name))
 
 
 @command.command("verify")
@@ -270,7 +269,7 @@ def pull_adapter(
     repo, own_name, revision = split_hub_id(hub_id)
     name = check_name(name or own_name)
     registry = _open(adapters_dir, base, allow_base_mismatch)
-    _report(f"pulled from {repo}", registry.import_(download(repo, revision), name))
+    report(f"pulled from {repo}", registry.import_(download(repo, revision), name))
 
 
 @command.command("push")
@@ -308,14 +307,3 @@ def _open(adapters_dir: Path, base: str | None, allow_base_mismatch: bool = Fals
 
     checkpoint = read_checkpoint(resolve_base(base))
     return Registry(adapters_dir, checkpoint.config.linear_shapes(), fingerprint(checkpoint), allow_base_mismatch)
-
-
-def _report(done: str, record: "Record") -> None:
-    what = f"rank {record.rank}, {count(record.num_parameters)} parameters"
-    click.echo(f"adapter {record.name!r} {done} as version {record.version}: {what}")
-    for warning in record.warnings:
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
-
-
-def _print_json(data: object) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

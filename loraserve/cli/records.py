@@ -1,8 +1,11 @@
 """An adapter's record as tables and JSON show it."""
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from loraserve.cli.tables import count, size
 
@@ -44,3 +47,14 @@ def some_names(names: Sequence[str] | str) -> str:
     if isinstance(names, str):
         return names
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def report(done: str, record: "Record") -> None:
+    what = f"rank {record.rank}, {count(record.num_parameters)} parameters"
+    click.echo(f"adapter {record.name!r} {done} as version {record.version}: {what}")
+    for warning in record.warnings:
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+def print_json(data: object) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

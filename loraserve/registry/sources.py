@@ -32,6 +32,8 @@ def import_to(target: Path, source: Path, name: str, shapes: Shapes | None) -> N
         adapter = read_minimind(source, name)
         write_adapter(target, adapter, LoraConfig.describing(adapter, shapes))
         write_file(target / MANIFEST_FILE, Manifest(description=f"imported from {source.name}").to_json())
+    elif not os.path.lexists(source):
+        raise AdapterRefused(name, [f"{source} does not exist"])
     else:
         raise AdapterRefused(name, [f"{source} is neither a PEFT directory nor a MiniMind .pth file"])
 

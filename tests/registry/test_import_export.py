@@ -62,7 +62,7 @@ def test_bad_sources_are_refused_and_leave_nothing(registry, make, tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(AdapterRefused, match="neither a PEFT directory nor a MiniMind"):
         registry.import_(tmp_path / "notes.txt")
-    with pytest.raises(AdapterRefused, match="neither"):
+    with pytest.raises(AdapterRefused, match="nowhere does not exist"):
         registry.import_(tmp_path / "nowhere")
     wide = Registry(registry.root, dict.fromkeys(registry.shapes, (7, 7)))
     with pytest.raises(AdapterRefused, match="made for a layer of shape"):
