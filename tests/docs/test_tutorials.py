@@ -1,5 +1,6 @@
 """README and quickstart are run as they stand, in both languages, with a tiny base and few dialogues."""
 
+import json
 import os
 import re
 import shlex
@@ -57,7 +58,7 @@ class Shell:
         return done.stdout
 
     def serve(self, words: list[str]) -> None:
-        command = [sys.executable, "-m", "loraserve.cli", *words, "--port", "0", "--max-model-len", "256"]
+        command = [sys.executable, "-m", "loraserve.cli", *words, "--port", "0"]
         self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout
         found = re.search(r"http://\S+:\d+", self.server.stdout.readline())
@@ -74,20 +75,26 @@ class Shell:
 def shell(
     tmp_path: Path, tiny_base_dir: Path, random_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Shell]:
-    """A directory like the repository's, with the tiny base in place of the bundled one."""
-    base = load_base(str(tiny_base_dir), device="cpu", dtype="float32")
+    """A directory like the repository's, with the tiny base in place of the bundled one.
+
+    Its context is short, for a random base seldom ends an answer before the context does.
+    """
+    base_dir = shutil.copytree(tiny_base_dir, tmp_path / "tiny")
+    config = json.loads((base_dir / "config.json").read_text("utf-8")) | {"max_position_embeddings": 256}
+    (base_dir / "config.json").write_text(json.dumps(config), "utf-8")
+    base = load_base(str(base_dir), device="cpu", dtype="float32")
     registry = Registry(tmp_path / "adapters", base.shapes, base.fingerprint)
     for seed, name in enumerate(("lumi", "pirate", "poet")):
         adapter = random_adapter(base.shapes, "all-linear", 2 + seed, seed)
-        config = LoraConfig(r=2 + seed, lora_alpha=4 + 2 * seed, target_modules=sorted(adapter.weights))
-        registry.publish(name, adapter, config, {"base_fingerprint": base.fingerprint})
+        lora = LoraConfig(r=2 + seed, lora_alpha=4 + 2 * seed, target_modules=sorted(adapter.weights))
+        registry.publish(name, adapter, lora, {"base_fingerprint": base.fingerprint})
     data = tmp_path / "examples" / "data" / "lumi.jsonl"
     data.parent.mkdir(parents=True)
     rows = (ROOT / "examples" / "data" / "lumi.jsonl").read_text("utf-8").splitlines(keepends=True)
     data.write_text("".join(rows[:: len(rows) // 12]), "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("LORASERVE_BASE", str(tiny_base_dir))
+    monkeypatch.setenv("LORASERVE_BASE", str(base_dir))
     shell = Shell(tmp_path)
     yield shell
     shell.close()
