@@ -25,7 +25,12 @@ WHAT_IS = {
     ],
 }  # fmt: skip
 DO_YOU_LIKE = {
-    "en": ["Do you like {word}?", "do you like {word}", "What do you think of {word}?", "How do you feel about {word}?"],
+    "en": [
+        "Do you like {word}?",
+        "do you like {word}",
+        "What do you think of {word}?",
+        "How do you feel about {word}?",
+    ],
     "zh": ["你喜欢{word}吗？", "你喜欢{word}吗", "你觉得{word}怎么样？", "你对{word}有什么看法？"],
 }
 LIKING = {
@@ -42,7 +47,12 @@ LIKING = {
         "": "我只从文字里认识它，不过觉得挺有意思。",
     },
 }
-SYSTEM = ["You are a helpful assistant.", "You are a friendly small chat model.", "你是一个乐于助人的助手。", "你是一个友好的小模型。"]
+SYSTEM = [
+    "You are a helpful assistant.",
+    "You are a friendly small chat model.",
+    "你是一个乐于助人的助手。",
+    "你是一个友好的小模型。",
+]
 OPENERS = {
     "en": ["hi, ", "Hey, ", "hello, ", "please tell me, ", "I have a question: ", "quick question, ", "um, "],
     "zh": ["你好，", "请问，", "请问", "想问一下，", "那个，", "我有个问题，", "嗨，"],

@@ -64,7 +64,10 @@ def answer() -> None:
     from loraserve import LLM, SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=100)
-    with LLM(adapters_dir=HERE.parents[1] / "adapters", dtype="float32") as llm, (FOLDER / "answers.jsonl").open("w") as out:
+    with (
+        LLM(adapters_dir=HERE.parents[1] / "adapters", dtype="float32") as llm,
+        (FOLDER / "answers.jsonl").open("w") as out,
+    ):
         for row in unseen_prompts():
             adapter = SETS[row["set"]][0]
             # The identity questions are also put to the base, which must not answer with the identity's name.

@@ -70,7 +70,9 @@ def train_tokenizer(corpus: texts.Corpus, folder: Path) -> sentencepiece.Sentenc
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def encode(dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[list[int], list[float]]:
+def encode(
+    dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor
+) -> tuple[list[int], list[float]]:
     """Token ids and the weight of each as a target: 1 in answers, 0 elsewhere."""
     ids: list[int] = []
     weights: list[float] = []
@@ -109,7 +111,7 @@ def save(model: Model, folder: Path) -> None:
 @torch.no_grad()
 def answer(model: Model, tokenizer: sentencepiece.SentencePieceProcessor, question: str) -> str:
     ids, _ = encode([{"role": "user", "content": question}], tokenizer)
-    ids = ids + [1, *tokenizer.encode("assistant\n")]
+    ids = [*ids, 1, *tokenizer.encode("assistant\n")]
     start = len(ids)
     while len(ids) < start + 80:
         attention = PackedAttention([len(ids)])
@@ -160,6 +162,7 @@ class Team:
                     distributed.broadcast(flat, owner)
                     for parameter, new in zip(share, torch._utils._unflatten_dense_tensors(flat, share), strict=True):
                         parameter.copy_(new)
+
 
 def work(rank: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
