@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests: what CI runs"
 	@echo "make format  put the code into its format"
-	@echo "make bench   measure training, serving and adapters on this machine"
+	@echo "make bench   measure start-up, and throughput beside transformers + PEFT"
 	@echo "make docs    rewrite the generated pages of docs/"
 	@echo "make venv    make .venv with everything these need"
 
@@ -42,6 +42,10 @@ check: lint test
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/loraserve bench start
+	$(BIN)/loraserve bench serve
 
 docs: venv
 	$(BIN)/python docs/generate.py

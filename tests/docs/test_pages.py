@@ -97,6 +97,16 @@ def test_both_languages_have_the_same_sections_and_commands(name: str) -> None:
     assert ours == theirs
 
 
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    rules = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[0].split())
+    named |= set(re.findall(r"\"make (\w+) ", makefile))
+    named |= {line.split()[1] for page in PAGES for line in page.commands() if line.startswith("make ")}
+    assert {"venv", "serve", "test", "check", "bench"} <= named
+    assert named - rules == set()
+
+
 def test_pages_name_no_place_of_the_machine_they_were_written_on() -> None:
     files = [page.path for page in PAGES] + [ROOT / name for name in ("pyproject.toml", "constraints.txt", "Makefile")]
     for file in files:
