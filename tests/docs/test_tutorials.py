@@ -122,7 +122,8 @@ def test_the_tutorial_works_as_written(page: Page, shell: Shell) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md", "docs/python.md"])
 def test_the_python_example_works_on_what_is_shipped(name: str, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "adapters", tmp_path / "adapters")
+    adapters = shutil.copytree(ROOT / "adapters", tmp_path / "adapters")
+    shipped = set(adapters.rglob("*"))
     code = next(code for code in Page(ROOT / name).blocks("python") if "from loraserve import LLM" in code)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -131,3 +132,4 @@ def test_the_python_example_works_on_what_is_shipped(name: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     answers = done.stdout.splitlines()
     assert len(set(answers)) >= 3, "base and adapters answer differently"
+    assert set(adapters.rglob("*")) == shipped, "using the shipped adapters leaves them as they were"
