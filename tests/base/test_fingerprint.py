@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_one_changed_weight_and_one_swapped_tensor_change_it(folder: Path) -> No
     once = compute(read_checkpoint(folder))
     rewrite(folder, {name: tensors[other], other: tensors[name]})
     assert len({before, once, compute(read_checkpoint(folder))}) == 3
+
+
+def test_names_and_shapes_are_part_of_it(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder)
+    name = sorted(checkpoint.tensors)[-1]
+    last = checkpoint.tensors[name]
+    others = {other: tensor for other, tensor in checkpoint.tensors.items() if other != name}
+    variants = [{name: last}, {f"{name}.more": last}, {name: last.unsqueeze(0)}]  # the same bytes in the same order
+    assert len({compute(replace(checkpoint, tensors=others | variant)) for variant in variants}) == 3
 
 
 def test_it_is_remembered_until_the_file_changes(folder: Path, cache: Path) -> None:

@@ -132,6 +132,16 @@ def test_decoding_is_the_librarys_wherever_the_bytes_are_text(tokenizer: Tokeniz
     assert compared > 40
 
 
+def test_all_spaces_before_a_text_go_where_the_vocabulary_removes_them(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(train_sentencepiece(tmp_path / "it", add_dummy_prefix=True, remove_extra_whitespaces=True))
+    space, hello = tokenizer.token_to_id("▁"), tokenizer.encode("hello")
+    assert space is not None and tokenizer.id_to_token(hello[0]).startswith("▁")
+    for spaces in range(4):
+        ids = [space] * spaces + hello
+        assert tokenizer.decode(ids) == tokenizer._backend.decode(ids) == "hello"
+        assert tokenizer.decode(hello + ids) == "hello" + " " * (spaces + 1) + "hello"
+
+
 def test_byte_level_decoding_is_the_librarys_for_any_bytes(tmp_path: Path) -> None:
     tokenizer = Tokenizer(byte_level(tmp_path / "it"))
     rng = random.Random(4)
