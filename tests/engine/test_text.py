@@ -45,3 +45,14 @@ def test_stop_string_ends_the_text_before_it(base, step: int, stop: tuple[str, .
     assert reason == ("length" if expected == ANSWER else "stop")
     if expected != ANSWER:
         assert used < len(base.tokenizer.encode(ANSWER))
+
+
+def test_bytes_of_the_tokens_join_to_the_text_though_some_are_half_a_character(base) -> None:
+    stream = TextStream(base.tokenizer, logprobs=True)
+    ids = base.tokenizer.encode(ANSWER)
+    scores = stream.push([Token(i, logprob=-1.0) for i in ids]).logprobs
+    assert scores is not None and len(scores) == len(ids)
+    assert bytes(byte for score in scores for byte in score.bytes).decode() == ANSWER
+    assert any(score.token == "\ufffd" for score in scores)
+    [marker] = TextStream(base.tokenizer, logprobs=True).push([Token(2, logprob=-1.0)]).logprobs or []
+    assert bytes(marker.bytes).decode() == marker.token == "<|im_end|>"
