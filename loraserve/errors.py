@@ -6,6 +6,8 @@ Knows no HTTP: the server maps classes to status codes in one table, the command
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 200
+
 
 class LoraserveError(Exception):
     """Base of all errors with a message meant for the user.
@@ -39,6 +41,7 @@ class NotFound(LoraserveError):
     kind = "item"
 
     def __init__(self, name: str, known: Iterable[str] = (), *, param: str | None = None, hint: str = "") -> None:
+        name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"  # echoing megabytes helps nobody
         close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
         suggestion = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
         super().__init__(f"no {self.kind} named {name!r}{suggestion}{'; ' + hint if hint else ''}", param=param)

@@ -66,6 +66,7 @@ class Rope(torch.nn.Module):
     def forward(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin (N, 1, head_dim) float32 for `positions` (N,), all below `limit`."""
         if self.table.shape[0] < limit:
+            limit = 1 << (limit - 1).bit_length()  # doubling: decoding asks for one more each step
             angles = torch.outer(torch.arange(limit, device=self.freqs.device).float(), self.freqs.float())
             angles = torch.cat([angles, angles], dim=-1)  # (limit, D)
             self.table = torch.stack([angles.cos(), angles.sin()], dim=1) * self.factor

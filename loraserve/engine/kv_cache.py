@@ -73,8 +73,8 @@ class CachedAttention:
         if b := self._num_decoding:
             # The H/KV query heads that share a key head stand as that head's queries: no key is repeated.
             grouped = q[:b].unflatten(1, (k.shape[1], -1))  # (B, KV, G, D)
-            past_k = keys[self._decoding][:, :, : self._length]  # (B, KV, L, D)
-            past_v = values[self._decoding][:, :, : self._length]
+            past_k = keys[:, :, : self._length][self._decoding]  # (B, KV, L, D)
+            past_v = values[:, :, : self._length][self._decoding]
             attended = F.scaled_dot_product_attention(grouped, past_k, past_v, attn_mask=self._seen)
             out[:b] = attended.flatten(1, 2)
         for rows, slot, end, mask in self._prompts:

@@ -45,7 +45,7 @@ class SamplingParams:
         self._within("temperature", 0.0, 100.0)
         self._within("top_p", 0.0, 1.0)
         self._need("top_p", self.top_p > 0, "above 0")
-        self._need("top_k", self.top_k >= -1, "-1, 0 or a count")
+        self._need("top_k", -1 <= self.top_k < 2**31, "-1, 0 or a count below 2147483648")
         self._within("min_p", 0.0, 1.0)
         self._within("repetition_penalty", 0.01, 100.0)
         self._within("frequency_penalty", -2.0, 2.0)

@@ -44,11 +44,11 @@ class Runner:
         return list(zip(sampling, sample(logits, sampling), strict=True)) if sampling else []
 
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
-        active = {adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight}
+        active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)
         if not active:
             return None
         # A stack still fits after adapters left, but columns nobody uses cost time: rebuild it when half are idle.
-        if not active <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
+        if not active.keys() <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
             self._stacked = {adapter: slot for slot, adapter in enumerate(active)}
             self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
         segments = [

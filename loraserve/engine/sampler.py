@@ -10,6 +10,9 @@ from torch import Tensor
 
 from loraserve.engine.sequence import Sequence, Token
 
+GREEDY_BELOW = 1e-5
+"""Temperatures too small to divide by are the argmax they tend to."""
+
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
     """Sample one token for each row.
@@ -23,7 +26,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token]:
     raw = logits.float()
     logits = _penalised(raw, sequences)
     chosen = logits.argmax(dim=-1)  # (S,)
-    random_rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
+    random_rows = [i for i, s in enumerate(sequences) if s.params.temperature > GREEDY_BELOW]
     if random_rows:
         picked = _draw(logits[random_rows], [sequences[i] for i in random_rows])
         chosen[random_rows] = picked

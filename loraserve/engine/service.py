@@ -79,7 +79,10 @@ class Generation:
         if failure is not None:
             self._done = True
             raise failure
-        piece = self._text.push(event for event in events if isinstance(event, Token))
+        tokens = [event for event in events if isinstance(event, Token) and event.finish_reason != "abort"]
+        if self._done and not tokens:
+            raise StopIteration
+        piece = self._text.push(tokens)
         self.completion_tokens += len(piece.token_ids)
         if piece.finish_reason:
             self.cancel()  # a stop string ends the answer before the engine knows
@@ -89,6 +92,7 @@ class Generation:
         """Stop generating and free the slot before the next step. Idempotent, callable from any thread."""
         self._done = True
         self._worker.abort(self._sequence)
+        self._outbox.put(Token(-1, "abort"))  # wakes a thread that waits in `next`
 
 
 class Service:

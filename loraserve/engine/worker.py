@@ -19,6 +19,20 @@ log = logging.getLogger(__name__)
 Event = Token | LoraserveError
 
 
+class _Call:
+    """A function to run between two steps, and the promise of its result."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.future: Future[Any] = Future()
+
+    def __call__(self) -> None:
+        try:
+            self.future.set_result(self.function())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+
 class Worker:
     """Runs an Engine in its own thread.
 
@@ -83,18 +97,12 @@ class Worker:
         Raises:
             NotReady: the engine is not running.
         """
-        if not self.ready:
-            raise NotReady(str(self._failure))
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._inbox.put(run)
-        return future.result()
+        call = _Call(function)
+        with self._lock:
+            if self._failure is not None:
+                raise NotReady(self._failure)
+            self._inbox.put(call)
+        return call.future.result()
 
     def _run(self) -> None:
         try:
@@ -131,3 +139,7 @@ class Worker:
             waiting, self._outboxes = self._outboxes, {}
         for outbox in waiting.values():
             outbox.put(NotReady(reason))
+        while not self._inbox.empty():  # calls that came too late must not wait for ever
+            command = self._inbox.get()
+            if isinstance(command, _Call):
+                command.future.set_exception(NotReady(reason))

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from loraserve.errors import AdapterRefused
 
+MAX_SCALING = 1e4
+"""No trained adapter has lora_alpha / r beyond it; a larger one only overflows."""
+
 Shapes = Mapping[str, tuple[int, int]]
 """What the adapter layer knows of a base: {target: (out_features, in_features)}."""
 
@@ -112,8 +115,12 @@ def find_value_problems(adapter: Adapter) -> list[str]:
         bad = [t for t, w in adapter.weights.items() if not torch.isfinite(w.A if label == "A" else w.B).all()]
         if bad:
             problems.append(f"{list_some(bad)}: lora_{label} contains NaN or Inf")
-    if adapter.weights and not any(w.B.count_nonzero() for w in adapter.weights.values()):
-        problems.append("every lora_B is zero: it would change nothing (an untrained adapter?)")
+    if absurd := [t for t, w in adapter.weights.items() if not 0 < abs(w.scaling) <= MAX_SCALING]:
+        problems.append(f"{list_some(absurd)}: a scaling of {adapter.weights[absurd[0]].scaling:g} is no use")
+    for label in ("A", "B"):
+        tensors = [w.A if label == "A" else w.B for w in adapter.weights.values()]
+        if tensors and not any(tensor.count_nonzero() for tensor in tensors):
+            problems.append(f"every lora_{label} is zero: it would change nothing (an untrained adapter?)")
     return problems
 
 

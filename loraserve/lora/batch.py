@@ -118,6 +118,8 @@ class LoraBatch:
             self._masks[site.key] = mask
         x = x if self._all_touched else x[self._touched]
         h = F.linear(x.to(site.A.dtype), site.A).float() * mask  # (N', R)
+        if not torch.is_grad_enabled():  # an overflow in a foreign column, times zero, must not become this row's NaN
+            h = h.masked_fill(mask == 0, 0.0)
         delta = F.linear(h.to(site.B.dtype), site.B).to(y.dtype)  # (N', out)
         return y + delta if self._all_touched else y.index_add(0, self._touched, delta)
 

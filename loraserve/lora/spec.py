@@ -66,6 +66,11 @@ def make_spec(terms: list[Term], *, param: str | None = None) -> Spec:
         if term.name != BASE:
             check_name(term.name, param=param)
             scales[term.name] = scales.get(term.name, 0.0) + term.scale
+    for name, scale in scales.items():
+        if abs(scale) > MAX_SCALE:
+            raise InvalidRequest(
+                f"the scales of adapter {name!r} add up to {scale:g}, beyond {MAX_SCALE:g}", param=param
+            )
     return tuple(Term(name, scale) for name, scale in scales.items())
 
 
@@ -73,6 +78,8 @@ def parse_spec(text: str | None, *, param: str | None = "adapter") -> Spec:
     """Parse a SPEC string; None and '' mean the base. Raises InvalidRequest naming the part that is wrong."""
     if text is None or text.strip() in ("", BASE):
         return ()
+    if text.count("+") >= MAX_BLEND:
+        raise InvalidRequest(f"a blend of {text.count('+') + 1} adapters is over the limit of {MAX_BLEND}", param=param)
     terms = []
     for part in text.split("+"):
         name, colon, scale = part.strip().partition(":")

@@ -142,3 +142,29 @@ def test_dropped_in_directory_changed_by_hand_is_read_again(base, registry, rand
         assert not torch.allclose(before, after, atol=1e-3)
     finally:
         service.stop()
+
+
+def test_absurd_numbers_are_refused_and_tiny_temperatures_are_greedy(service: Service) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(top_k=10**400)
+    assert caught.value.param == "top_k"
+    tiny = SamplingParams(max_tokens=5, temperature=1e-39, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    first = [t for piece in service.generate([4, 5], (), tiny) for t in piece.token_ids]
+    assert first == [t for piece in service.generate([4, 5], (), greedy) for t in piece.token_ids]
+
+
+def test_cancelling_wakes_a_thread_that_waits_and_late_calls_fail(base, registry) -> None:
+    service = Service(base, registry, max_model_len=192, max_num_seqs=1)
+    service.start()
+    first = service.generate([5], (), ENDLESS)
+    waiting = service.generate([5], (), ENDLESS)  # no slot is free: nothing arrives for it
+    reader = threading.Thread(target=lambda: list(waiting))
+    reader.start()
+    waiting.cancel()
+    reader.join(timeout=10)
+    assert not reader.is_alive()
+    first.cancel()
+    service.stop()
+    with pytest.raises(NotReady):
+        service.logits([5])

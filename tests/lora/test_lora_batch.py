@@ -154,3 +154,19 @@ def test_weight_and_scaling_multiply_in_float32_when_the_adapter_is_bfloat16(sha
     expected = (x[:, 0].float() * (weight * scaling)).bfloat16()
     assert not torch.equal(expected, x[:, 0] * torch.tensor(weight * scaling).bfloat16())
     assert torch.equal(batch.apply(Q, x, torch.zeros(64, out))[:, 0], expected.float())
+
+
+def test_overflow_of_one_adapter_stays_out_of_the_other_rows() -> None:
+    import torch
+
+    from loraserve.lora.adapter import LoraWeight
+    from loraserve.lora.batch import AdapterStack, LoraBatch
+
+    wild = {"q": LoraWeight(torch.full((2, 4), 3e38), torch.ones(4, 2), 2.0)}
+    calm = {"q": LoraWeight(torch.ones(2, 4), torch.ones(4, 2), 2.0)}
+    lora = LoraBatch.from_segments(AdapterStack([wild, calm]), [(1, [(0, 1.0)]), (1, [(1, 1.0)])], "cpu")
+    assert lora is not None
+    with torch.inference_mode():
+        y = lora.apply("q", torch.ones(2, 4), torch.zeros(2, 4))
+    assert not torch.isfinite(y[0]).all()
+    assert torch.equal(y[1], torch.full((4,), 16.0))
