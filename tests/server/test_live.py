@@ -134,17 +134,18 @@ def test_a_client_that_disconnects_frees_its_slot(crowded: tuple[Live, Service],
     live, service = crowded
     body = json.dumps({"messages": USER, "adapter": "forever", "stream": stream}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    clients = [socket.create_connection(("127.0.0.1", live.server.port)) for _ in range(5)]
-    for client in clients:
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
-    if stream:
-        assert clients[0].recv(4096).startswith(b"HTTP/1.1 200")
+    clients = []
+    for number in range(5):
+        clients.append(socket.create_connection(("127.0.0.1", live.server.port), timeout=30))
+        clients[-1].sendall(head.encode() + b"\r\n\r\n" + body)
+        if stream and number == 0:  # before the others come, for only two run and the rest wait in silence
+            assert clients[0].recv(4096).startswith(b"HTTP/1.1 200")
 
     def in_flight() -> int:
         stats = service.stats()
         return stats["requests_running"] + stats["requests_waiting"]
 
-    assert eventually(lambda: in_flight() == 5, 10)
+    assert eventually(lambda: in_flight() == 5, 10), service.stats()
     for client in clients:
         client.close()
     assert eventually(lambda: in_flight() == 0, 10), "two were running and three were queued"
