@@ -28,7 +28,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     plain = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, attn_implementation="sdpa").eval()
     plain.generation_config.eos_token_id = plain.config.eos_token_id = None  # else generate() stops early
-    names = sorted((p.name for p in Path(args.adapters).iterdir() if p.is_dir()), key=lambda n: (len(n), n))
+    found = (p.name for p in Path(args.adapters).iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(found, key=lambda n: (len(n), n))
     adapted: Any = None
 
     def with_adapters() -> Any:
