@@ -16,6 +16,7 @@ class Runner:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model = model
+        model.pack()
         self._cache = cache
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}

@@ -65,7 +65,7 @@ class LoraBatch:
         self._touched = row_weights.ne(0).any(dim=1).nonzero().squeeze(1)  # (N',)
         self._all_touched = self._touched.numel() == row_weights.shape[0]
         self._any_touched = self._touched.numel() > 0
-        self._masks: dict[tuple[tuple[int, int, float], ...], Tensor] = {}
+        self._masks: dict[tuple[tuple[int, int, float], ...], tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
@@ -110,16 +110,17 @@ class LoraBatch:
         site = self.stack.site(target) if self._any_touched else None
         if site is None:
             return y
-        mask = self._masks.get(site.key)
-        if mask is None:
+        if site.key not in self._masks:
             mask = self.row_weights[:, site.slot] * site.scaling  # (N, R)
             if not self._all_touched:
                 mask = mask[self._touched]
-            self._masks[site.key] = mask
+            foreign = mask == 0 if len(site.key) > 1 else None
+            self._masks[site.key] = mask, foreign
+        mask, foreign = self._masks[site.key]
         x = x if self._all_touched else x[self._touched]
         h = F.linear(x.to(site.A.dtype), site.A).float() * mask  # (N', R)
-        if not torch.is_grad_enabled():  # an overflow in a foreign column, times zero, must not become this row's NaN
-            h = h.masked_fill(mask == 0, 0.0)
+        if foreign is not None:  # an overflow in a foreign column, times zero, must not become this row's NaN
+            h = h.masked_fill(foreign, 0.0)
         delta = F.linear(h.to(site.B.dtype), site.B).to(y.dtype)  # (N', out)
         return y + delta if self._all_touched else y.index_add(0, self._touched, delta)
 
