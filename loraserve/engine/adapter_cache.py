@@ -1,4 +1,4 @@
-"""Adapters on the device, by content: loaded when first asked for, kept until memory is needed for others.
+"""Adapters on the device, in float32 as they are trained: loaded when first asked for, kept until memory is short.
 
 A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and
 a republished adapter is another object from the next request on.
@@ -21,10 +21,9 @@ class AdapterCache:
         capacity: bytes of A and B kept at most; one adapter is always kept.
     """
 
-    def __init__(self, registry: Registry, device: torch.device, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(self, registry: Registry, device: torch.device, capacity: int) -> None:
         self._registry = registry
         self._device = device
-        self._dtype = dtype
         self._capacity = capacity
         self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
         self._lock = threading.Lock()
@@ -58,7 +57,7 @@ class AdapterCache:
             if held and held[0] == version:
                 self._loaded.move_to_end(name)
                 return held[1]
-        adapter = self._registry.load(name).to(self._device, self._dtype)
+        adapter = self._registry.load(name).to(self._device, torch.float32)
         with self._lock:
             held = self._loaded.get(name)
             if held and held[0] == version:  # another thread was faster: keep one object, so that batches share it

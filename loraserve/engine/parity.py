@@ -76,7 +76,7 @@ def compare(base: Base, adapters: Weighted, merged: Checkpoint, prompts: List[st
         merged: read back from where it was written.
         prompts: what a user says; rendered in the base's own template, if it has one.
     """
-    active = tuple((adapter.to(base.device, base.dtype), factor) for adapter, factor in adapters)
+    active = tuple((adapter.to(base.device, torch.float32), factor) for adapter, factor in adapters)
     chats = base.template.source is not None
     rendered = [base.template.render([{"role": "user", "content": p}]) if chats else p for p in prompts]
     limit = base.config.max_position_embeddings

@@ -168,3 +168,25 @@ def test_cancelling_wakes_a_thread_that_waits_and_late_calls_fail(base, registry
     service.stop()
     with pytest.raises(NotReady):
         service.logits([5])
+
+
+def test_adapters_serve_in_float32_beside_a_bfloat16_base(tiny_base_dir, registry) -> None:
+    from loraserve.base.load import load_base
+
+    half = load_base(str(tiny_base_dir), device="cpu", dtype="bfloat16")
+    service = Service(half, registry, max_model_len=192)
+    ((adapter, _),) = service.adapters.resolve(parse_spec("b"))
+    stored = registry.load("b")
+    for target, weight in adapter.weights.items():
+        assert weight.A.dtype == torch.float32
+        assert torch.equal(weight.A, stored.weights[target].A.float())
+    service.start()
+    try:
+        full = Service(load_base(str(tiny_base_dir), device="cpu", dtype="float32"), registry, max_model_len=192)
+        full.start()
+        for spec in ("base", "b"):
+            rough, exact = (s.logits(list(range(10, 40)), parse_spec(spec)) for s in (service, full))
+            assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
+        full.stop()
+    finally:
+        service.stop()
