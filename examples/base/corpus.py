@@ -4,12 +4,16 @@ An endless, seeded stream: every pass visits every intent, dialogue and lexicon 
 of question and answer, so that the model learns meanings and not lines.
 """
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 TEXTS = Path(__file__).parent / "texts"
+DATA = Path(__file__).parents[1] / "data"
+STYLES = {"pirate": "Talk like a pirate.", "poet": "请以古诗作答。"}
+"""The base learns these styles on request, so that their words are not foreign to it; adapters make them the default."""
 Message = dict[str, str]
 
 WHAT_IS = {
@@ -68,6 +72,8 @@ class Corpus:
     dialogues: list[list[Message]] = field(default_factory=list)
     lexicon: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(language, word, class, sentence)"""
+    styled: list[list[Message]] = field(default_factory=list)
+    """Dialogues of the style adapters behind a system prompt that asks for the style."""
 
 
 def read(folder: Path = TEXTS) -> Corpus:
@@ -89,6 +95,9 @@ def read(folder: Path = TEXTS) -> Corpus:
             elif rows:
                 questions = [text for tag, text in rows if tag == "Q"]
                 corpus.intents.append((language, questions, [text for tag, text in rows if tag == "A"]))
+    for name, prompt in STYLES.items():
+        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
+            corpus.styled.append([{"role": "system", "content": prompt}, *json.loads(line)["conversations"]])
     return corpus
 
 
@@ -100,6 +109,11 @@ def _vary(question: str, language: str, rng: random.Random) -> str:
         question = question.lower()
     if rng.random() < 0.06:
         question = rng.choice(OPENERS[language]) + question
+    if rng.random() < 0.25:  # any word may be missing or unknown: no single one may decide the answer
+        units = question.split(" ") if language == "en" else list(question)
+        if len(units) > 4:
+            del units[rng.randrange(len(units) - 1)]
+        question = (" " if language == "en" else "").join(units)
     return question
 
 
@@ -122,7 +136,7 @@ def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
         else:
             question, answer = rng.choice(WHAT_IS[language]), sentence
         exchanges.append((language, _exchange(question.format(word=word), answer, language, rng)))
-    exchanges += [("", dialogue) for dialogue in corpus.dialogues]
+    exchanges += [("", dialogue) for dialogue in corpus.dialogues + corpus.styled]
     rng.shuffle(exchanges)
     pending: dict[str, list[Message]] = {"en": [], "zh": []}
     for language, exchange in exchanges:

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,13 +23,15 @@ import sentencepiece
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loraserve.base.attention import PackedAttention
 from loraserve.base.config import ModelConfig
 from loraserve.base.model import Model
 
 VOCAB = 6400
+WEIGHTS = {"assistant": 1.0, "user": 0.2, "system": 0.0}
+"""Of a message's tokens in the loss."""
 TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -73,7 +76,7 @@ def train_tokenizer(corpus: texts.Corpus, folder: Path) -> sentencepiece.Sentenc
 def encode(
     dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor
 ) -> tuple[list[int], list[float]]:
-    """Token ids and the weight of each as a target: 1 in answers, 0 elsewhere."""
+    """Token ids and the weight of each as a target."""
     ids: list[int] = []
     weights: list[float] = []
     for message in dialogue:
@@ -81,7 +84,7 @@ def encode(
         body = [*tokenizer.encode(message["content"]), 2]
         tail = tokenizer.encode("\n")
         ids += head + body + tail
-        weights += [0.0] * len(head) + [float(message["role"] == "assistant")] * len(body) + [0.0] * len(tail)
+        weights += [0.0] * len(head) + [WEIGHTS[message["role"]]] * len(body) + [0.0] * len(tail)
     return ids, weights
 
 
@@ -176,6 +179,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
+    if args.init:
+        model.load_state_dict(load_file(args.init / "model.safetensors"), strict=False)
     team = Team(rank, args.workers, model, args.lr)
     dialogues = texts.stream(corpus, seed=1 + rank)
     started = shown = time.monotonic()
@@ -226,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=6_600_000, help="to train on, padding never counts")
+    parser.add_argument("--init", type=Path, help="go on from the base in this directory")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW's is a fifth of it")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each step, one core each")
@@ -233,7 +239,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     corpus = texts.read()
     print(f"{len(corpus.intents)} intents, {len(corpus.dialogues)} dialogues, {len(corpus.lexicon)} words", flush=True)
-    train_tokenizer(corpus, args.out)
+    if args.init:
+        shutil.copyfile(args.init / "tokenizer.model", args.out / "tokenizer.model")
+    else:
+        train_tokenizer(corpus, args.out)
     print(f"{model_config().num_parameters / 1e6:.2f}M parameters", flush=True)
     if args.workers == 1:
         work(0, args)
