@@ -6,6 +6,14 @@ A MiniMind-3 of 6.7M parameters, in bf16 on a CPU that has it (else float32). Hi
 (momentum orthogonalised, K. Jordan 2024), embeddings and norms with AdamW, on packed dialogues without padding through
 the same forward pass that serves. The learning rate falls linearly over the last 60% of the steps. Two workers, one core
 each, run about 2,700 tokens/s: 41 minutes.
+
+A second, shorter run makes it robust: words of the questions go missing, and the styles of the adapters are learned behind
+a system prompt that asks for them. The shipped base came from
+
+    python examples/base/train.py --out out/first
+    python examples/base/train.py --init out/first --out loraserve/base/bundled --tokens 1800000 --lr 0.01
+
+where the first run still had none of those two and no loss on the user's words: 46 and 12 minutes.
 """
 
 import argparse
