@@ -11,7 +11,8 @@ A second, shorter run makes it robust: words of the questions go missing, and th
 a system prompt that asks for them. The shipped base came from
 
     python examples/base/train.py --out out/first
-    python examples/base/train.py --init out/first --out loraserve/base/bundled --tokens 1800000 --lr 0.01
+    python examples/base/train.py --init out/first --out out/second --tokens 1800000 --lr 0.01
+    python examples/base/average.py out/first out/second 0.4 loraserve/base/bundled
 
 where the first run still had none of those two and no loss on the user's words: 46 and 12 minutes.
 """
