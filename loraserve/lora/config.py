@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraserve.errors import AdapterRefused, InvalidRequest
 from loraserve.lora.fields import Fields
+from loraserve.lora.patterns import Pattern
 
 if TYPE_CHECKING:
     from loraserve.lora.adapter import Adapter, Shapes
@@ -152,17 +153,17 @@ class LoraConfig:
     def _layer_of(self, target: str) -> int | None:
         expressions = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern]
         for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if match := re.match(expression, target):
+            if match := Pattern(expression).match(target):
                 return int(match["idx"])
         return None
 
     @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in self.rank_pattern.items()]
+    def _ranks(self) -> list[tuple[Pattern, int]]:
+        return [(Pattern(rf"(.*\.)?({key})$"), value) for key, value in self.rank_pattern.items()]
 
     @cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
-        return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in self.alpha_pattern.items()]
+    def _alphas(self) -> list[tuple[Pattern, float]]:
+        return [(Pattern(rf"(.*\.)?({key})$"), value) for key, value in self.alpha_pattern.items()]
 
 
 def expand_targets(selection: str | Sequence[str], shapes: "Shapes") -> list[str]:
@@ -201,7 +202,7 @@ def compact_targets(targets: Iterable[str], shapes: "Shapes") -> list[str]:
 
 def _selects(names: Sequence[str] | str, target: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, target) is not None
+        return Pattern(names).covers(target)
     return any(target == name or target.endswith(f".{name}") for name in names)
 
 
@@ -215,8 +216,8 @@ def _in_preset(selection: str, target: str, shape: tuple[int, int]) -> bool:
     if selection == "minimind":
         return shape[0] == shape[1]
     try:
-        return re.fullmatch(selection, target) is not None
-    except re.error as error:
+        return _selects(selection, target)
+    except ValueError as error:
         raise InvalidRequest(f"target_modules {selection!r} is not a regex: {error}", param="target_modules") from None
 
 

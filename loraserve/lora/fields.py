@@ -6,10 +6,11 @@ parameter of a switch left off, which is how PEFT has added fields so far, and i
 """
 
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+from loraserve.lora.patterns import Pattern
 
 HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights as they are, so that the saved A and B are all of the adapter."""
@@ -137,8 +138,8 @@ class Fields:
 
     def _compiles(self, name: str, expression: str) -> bool:
         try:
-            re.compile(expression)
-        except (re.error, RecursionError, OverflowError) as error:
+            Pattern(expression)
+        except ValueError as error:
             self._add(f"{name}: {_shown(expression)} is not a regex ({error})")
             return False
         return True

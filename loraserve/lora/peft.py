@@ -39,7 +39,7 @@ PREFIX = "base_model.model."
 
 _KEY = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
 _DTYPES = ("F32", "F16", "BF16", "F64")
-_MAX_CONFIG = 16 << 20
+_MAX_CONFIG = 2 << 20
 _MAX_UNSOUND = 256 << 20
 """A file with a fault in its header is read on, to report faults of its values too, only up to this size."""
 
@@ -85,7 +85,11 @@ def scan_adapter(path: Path, name: str = "", shapes: Shapes | None = None) -> Sc
     _pair_keys(header, scan, shapes)
     scan.problems += find_size_problems(scan.sizes, shapes)
     if scan.config is not None:
-        _compare_with_config(scan, scan.config, shapes)
+        try:
+            _compare_with_config(scan, scan.config, shapes)
+        except AdapterRefused as refusal:  # a regex of it does not come to an end
+            scan.problems += refusal.problems
+            scan.config = None
     return scan
 
 

@@ -212,6 +212,21 @@ def test_layers_that_the_config_names_but_the_file_lacks_are_a_warning(folder, s
     assert "no weights for model.layers.0.self_attn.q_proj" in scan_adapter(folder, "good", shapes).warnings[0]
 
 
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_regex_that_backtracks_without_end_is_given_up(folder, shapes, field):
+    endless = r"((.|..)+)+\d[a-z]\d"
+    value = {endless: 4} if field in ("rank_pattern", "alpha_pattern") else endless
+    config = json.loads((folder / "adapter_config.json").read_text()) | {field: value}
+    if field == "layers_pattern":
+        config["layers_to_transform"] = [0]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if field == "alpha_pattern":  # only values are scaled, so a look at the header alone does not meet it
+        scan_adapter(folder, "spoilt", shapes)
+    assert "takes too long" in refusal(folder, shapes)[0]
+
+
 def test_weights_with_another_hash_are_refused(folder, shapes):
     with pytest.raises(AdapterRefused, match="sha256"):
         read_adapter(folder, "good", shapes, sha256="0" * 64)
