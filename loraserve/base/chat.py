@@ -81,6 +81,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Messages,
+        /,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **kwargs: Any,
@@ -104,6 +105,6 @@ class ChatTemplate:
             )
         variables = {**self._special_tokens, **kwargs, "messages": messages, "tools": tools}
         try:
-            return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
+            return self._template.render(variables | {"add_generation_prompt": add_generation_prompt})
         except Exception as error:  # foreign code: whatever it raises is its answer to these messages
             raise InvalidRequest(f"the chat template cannot render these messages: {error}", param="messages") from None

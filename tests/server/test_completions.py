@@ -226,6 +226,10 @@ def test_open_thinking_reaches_the_template(client: FlaskClient, fields: dict[st
     assert thinking["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"], REASONED
 
 
+def test_template_variables_may_have_any_name(client: FlaskClient) -> None:
+    assert content(chat(client, chat_template_kwargs={"self": 1, "args": 2})) == content(chat(client))
+
+
 def test_text_parts_and_developer_messages_are_understood(client: FlaskClient) -> None:
     parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "are you?"}]
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
