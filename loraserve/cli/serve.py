@@ -1,6 +1,8 @@
 """`loraserve serve`: the HTTP server with the chat page."""
 
+import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -81,9 +83,14 @@ def command(
         click.echo(f"serving {service.base.name} with {adapters} at {server.url} (Ctrl-C stops)")
         if host not in LOOPBACK:
             click.echo("warning: no keys are asked for, so whoever can reach this address can use it", err=True)
-        if open_page:
+        if open_page and _has_desktop():
             click.launch(server.url)
         server.run_until_signal()
+
+
+def _has_desktop() -> bool:
+    """Whether a browser can show itself; without one, Linux would look for text browsers and complain."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _describe(registry: "Registry") -> str:
