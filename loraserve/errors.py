@@ -69,12 +69,6 @@ class Conflict(LoraserveError):
     code = "conflict"
 
 
-class TooLarge(LoraserveError):
-    """An upload or a body is over its limit."""
-
-    code = "too_large"
-
-
 class AdapterRefused(LoraserveError):
     """An adapter that would do nothing, or the wrong thing. `problems` lists everything that is wrong with it."""
 
@@ -123,6 +117,18 @@ class QueueFull(LoraserveError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class NotFinite(LoraserveError):
+    """The logits of one request are no longer numbers; the others go on."""
+
+    code = "not_finite"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's output is no longer a number: an adapter's weight is too large, or the base overflows in "
+            "float16; lower the weight in the SPEC, or serve with --dtype float32"
+        )
 
 
 class NotReady(LoraserveError):

@@ -193,6 +193,11 @@ class Tokenizer:
         """Return the vocabulary's own spelling of a token, '' for an id beyond it."""
         return self._backend.id_to_token(token_id)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest spelling: no token stands for more of a text."""
+        return max(len(self.id_to_token(i)) for i in range(self.vocab_size))
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return what a token adds to a text that has begun: perhaps part of a character, b'' for a special token."""
         known = self._bytes.get(token_id)

@@ -69,7 +69,7 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         thinking: dict[str, Any] = {"open_thinking": True} if self.open_thinking else {}
         prompt = self.service.base.template.render([*system, *self.messages, question], **thinking)
-        generation = self.service.generate(self.service.base.tokenizer.encode(prompt), self.spec, self.sampling)
+        generation = self.service.generate(self.service.encode(prompt), self.spec, self.sampling)
         splitter = ReasoningSplitter(inside=prompt.rstrip().endswith(OPEN))
         try:
             for piece in generation:

@@ -56,6 +56,14 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     metavar="SIZE",
     help="Memory for keys and values, such as 2G; lowers --max-num-seqs to what fits.",
 )
+@click.option(
+    "--adapter-memory",
+    callback=_size,
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for adapters in use; more are loaded and dropped as requests ask for them.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 def command(
     options: BaseOptions,
@@ -67,6 +75,7 @@ def command(
     max_num_seqs: int,
     max_queue: int,
     kv_memory: int | None,
+    adapter_memory: int,
     open_page: bool,
 ) -> None:
     """Serve the base with all adapters: OpenAI's API and a chat page.
@@ -74,8 +83,14 @@ def command(
     Each request picks its adapter by the field `adapter` or `model`. Adapters that appear in --adapters-dir are served
     without a restart. Ctrl-C ends it.
     """
-    limits = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "max_queue": max_queue}
-    with open_service(options, allow_base_mismatch=allow_base_mismatch, kv_memory=kv_memory, **limits) as service:
+    limits = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_queue": max_queue,
+        "kv_memory": kv_memory,
+        "adapter_memory": adapter_memory,
+    }
+    with open_service(options, allow_base_mismatch=allow_base_mismatch, **limits) as service:
         from loraserve.server import Server, create_app
 
         server = Server(create_app(service, default_adapter=default_adapter), host, port)

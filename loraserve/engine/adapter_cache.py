@@ -5,10 +5,12 @@ a republished adapter is another object from the next request on.
 """
 
 import threading
+import weakref
 from collections import OrderedDict
 
 import torch
 
+from loraserve.errors import QueueFull
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec
 from loraserve.registry import Registry
@@ -18,7 +20,8 @@ class AdapterCache:
     """Least-recently-used cache of device copies, in front of a Registry. Thread-safe.
 
     Args:
-        capacity: bytes of A and B kept at most; one adapter is always kept.
+        capacity: bytes of A and B on the device at most, those that requests run on included. One adapter alone may be
+            larger.
     """
 
     def __init__(self, registry: Registry, device: torch.device, capacity: int) -> None:
@@ -26,13 +29,16 @@ class AdapterCache:
         self._device = device
         self._capacity = capacity
         self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
+        self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()  # also those that only a request still holds
         self._lock = threading.Lock()
+        self._loading = threading.Lock()  # one load at a time: nobody loads the same twice, and memory is bounded
 
     def resolve(self, spec: Spec) -> tuple[tuple[Adapter, float], ...]:
         """Return the adapters of a SPEC with their weights, loading what is missing.
 
         Raises:
             AdapterNotFound, AdapterRefused: see `Registry.load`.
+            QueueFull: the adapters of the requests in flight leave no room for another.
         """
         return tuple((self._get(term.name), term.scale) for term in spec)
 
@@ -47,25 +53,42 @@ class AdapterCache:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all adapters on the device, those that only a request still holds included."""
         with self._lock:
-            return sum(adapter.num_bytes for _, adapter in self._loaded.values())
+            return self._size()
+
+    def _size(self) -> int:
+        return sum(adapter.num_bytes for adapter in self._alive)
 
     def _get(self, name: str) -> Adapter:
-        version = self._registry.get(name).signature
+        if adapter := self._held(name, self._registry.get(name).signature):
+            return adapter
+        with self._loading:
+            version = self._registry.get(name).signature
+            if adapter := self._held(name, version):  # another thread has just loaded it
+                return adapter
+            adapter = self._registry.load(name).to(self._device, torch.float32)
+            with self._lock:
+                self._make_room(name, adapter.num_bytes)
+                self._alive.add(adapter)
+                self._loaded[name] = (version, adapter)
+            return adapter
+
+    def _held(self, name: str, version: object) -> Adapter | None:
         with self._lock:
             held = self._loaded.get(name)
-            if held and held[0] == version:
-                self._loaded.move_to_end(name)
-                return held[1]
-        adapter = self._registry.load(name).to(self._device, torch.float32)
-        with self._lock:
-            held = self._loaded.get(name)
-            if held and held[0] == version:  # another thread was faster: keep one object, so that batches share it
-                return held[1]
-            self._loaded[name] = (version, adapter)
+            if held is None or held[0] != version:
+                return None
             self._loaded.move_to_end(name)
-            size = sum(a.num_bytes for _, a in self._loaded.values())
-            while size > self._capacity and len(self._loaded) > 1:
-                _, (_, evicted) = self._loaded.popitem(last=False)
-                size -= evicted.num_bytes
-        return adapter
+            return held[1]
+
+    def _make_room(self, name: str, size: int) -> None:
+        """Evict the least recently used until `size` bytes more fit; what a request runs on stays all the same."""
+        self._loaded.pop(name, None)  # an older version
+        while self._alive and self._size() + size > self._capacity:
+            if not self._loaded:
+                raise QueueFull(
+                    f"adapter {name!r} needs {size / 2**20:.1f} MiB, and the adapters of requests in flight leave too "
+                    f"little of {self._capacity / 2**20:.1f} MiB; try again in a moment, or raise --adapter-memory"
+                )
+            self._loaded.popitem(last=False)

@@ -3,6 +3,10 @@
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence, Token
+from loraserve.errors import LoraserveError, NotFinite
+
+Event = Token | LoraserveError
+"""What a step brings a sequence: a token, or the end by a failure of its own."""
 
 
 class Engine:
@@ -26,10 +30,14 @@ class Engine:
         """Drop a sequence, wherever it is; harmless if it has ended already."""
         if not sequence.aborted:
             sequence.aborted = True
-            self.scheduler.release(sequence)
+            self._runner.clear(sequence)  # nobody has looked at its numbers yet
+            self._release(sequence)
 
-    def step(self) -> list[tuple[Sequence, Token]]:
-        """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop."""
+    def step(self) -> list[tuple[Sequence, Event]]:
+        """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop.
+
+        A sequence whose logits are not finite ends with NotFinite; the others never notice.
+        """
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -38,11 +46,20 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.count
             self.num_prompt_tokens += chunk.count if chunk.start < len(chunk.sequence.prompt_token_ids) else 0
-        results = []
+        results: list[tuple[Sequence, Event]] = []
         for sequence, token in sampled:
+            if token is None:
+                self.abort(sequence)
+                results.append((sequence, NotFinite()))
+                continue
             reason = sequence.append(token.token_id)
             self.num_generated_tokens += 1
             if reason:
-                self.scheduler.release(sequence)
+                self._release(sequence)
             results.append((sequence, Token(token.token_id, reason, token.logprob, token.top_logprobs)))
         return results
+
+    def _release(self, sequence: Sequence) -> None:
+        self.scheduler.release(sequence)
+        if not self.scheduler.running:
+            self._runner.forget_adapters()

@@ -27,6 +27,11 @@ class KVCache:
         self.num_slots = num_slots
         self.max_model_len = max_model_len
 
+    def clear(self, slot: int, length: int) -> None:
+        """Zero the first `length` positions of a slot."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, :length] = 0
+
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

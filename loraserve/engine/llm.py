@@ -41,7 +41,7 @@ class LLM:
         tokenizer: the tokenizer's directory, for a `.pth`.
         device, dtype: see `load_base`.
         seed: makes requests without a seed of their own repeatable.
-        limits: `max_model_len`, `max_num_seqs`, `kv_memory` of `Service`.
+        limits: `max_model_len`, `max_num_seqs`, `kv_memory`, `adapter_memory` of `Service`.
 
     Usable as a context manager; `close` ends the engine's thread.
     """
@@ -103,7 +103,7 @@ class LLM:
         generations: list[Generation] = []
         try:
             for text, spec in zip(texts, parsed, strict=True):
-                ids = self.service.base.tokenizer.encode(text) if isinstance(text, str) else text
+                ids = self.service.encode(text) if isinstance(text, str) else text
                 generations.append(self.service.generate(ids, spec, sampling))
             return [_collect(g, format_spec(spec)) for g, spec in zip(generations, parsed, strict=True)]
         except BaseException:
@@ -127,7 +127,7 @@ class LLM:
             template: variables for the chat template, such as `tools` or `open_thinking`.
         """
         prompt = self.service.base.template.render(messages, **template)
-        ids = self.service.base.tokenizer.encode(prompt)
+        ids = self.service.encode(prompt)
         return self.generate([ids], adapter, sampling or SamplingParams(temperature=0.0))[0]
 
     def logits(self, token_ids: list[int], adapter: str | None = None) -> Tensor:

@@ -23,8 +23,11 @@ class Runner:
         self._stack = AdapterStack([])
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token]]:
-        """Compute the chunks; return a new token for each sequence whose prompt is complete."""
+    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
+        """Compute the chunks; return a new token for each sequence whose prompt is complete.
+
+        None stands for logits that are not finite: the sequence cannot go on.
+        """
         ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
@@ -42,7 +45,23 @@ class Runner:
             rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
         )
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        return list(zip(sampling, sample(logits, sampling), strict=True)) if sampling else []
+        if not sampling:
+            return []
+        finite = logits.isfinite().all(dim=-1).tolist()
+        if all(finite):
+            return list(zip(sampling, sample(logits, sampling), strict=True))
+        sound = [i for i, is_finite in enumerate(finite) if is_finite]
+        tokens = iter(sample(logits[sound], [sampling[i] for i in sound]) if sound else [])
+        return [(s, next(tokens) if is_finite else None) for s, is_finite in zip(sampling, finite, strict=True)]
+
+    def clear(self, sequence: Sequence) -> None:
+        """Zero the keys and values of a sequence that ends unseen: NaN among them would reach its slot's next owner."""
+        if sequence.slot >= 0:
+            self._cache.clear(sequence.slot, sequence.num_tokens)
+
+    def forget_adapters(self) -> None:
+        """Let go of the adapters of past steps."""
+        self._stacked, self._stack = {}, AdapterStack([])
 
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from loraserve.engine.sequence import Sequence
 
+MAX_PASSED_OVER = 64
+"""Sequences that may overtake one whose adapters do not fit; then everybody waits until they do."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -78,7 +81,11 @@ class Scheduler:
             wanted = active | {id(adapter) for adapter, _ in sequence.adapters}
             if len(wanted) > self._max_adapters and self.running:
                 passed_over.append(sequence)  # later ones may use adapters that are active already
+                if sequence.overtaken >= MAX_PASSED_OVER:
+                    break
                 continue
+            for earlier in passed_over:
+                earlier.overtaken += 1
             active = wanted
             sequence.slot = heapq.heappop(self._free)
             self.running.append(sequence)

@@ -37,6 +37,8 @@ class Sequence:
     slot: int = -1
     """The cache slot it owns while running."""
     aborted: bool = False
+    overtaken: int = 0
+    """Later sequences that were admitted before it."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)

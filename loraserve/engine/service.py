@@ -4,6 +4,7 @@ Callers may be many threads; each gets a `Generation` to iterate. Everything tha
 `generate`, before anything is queued.
 """
 
+import itertools
 import queue
 import secrets
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from torch import Tensor
 from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
-from loraserve.engine.engine import Engine
+from loraserve.engine.engine import Engine, Event
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence, Token
 from loraserve.engine.text import Piece, TextStream
-from loraserve.engine.worker import Event, Worker
+from loraserve.engine.worker import Worker
 from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
 from loraserve.lora.batch import AdapterStack, LoraBatch
 from loraserve.lora.spec import Spec
@@ -30,7 +31,7 @@ from loraserve.registry import Registry
 
 MAX_BATCHED_TOKENS = 512
 ADAPTER_MEMORY = 1 << 30
-"""Bytes of A and B kept on the device for adapters that no request runs on."""
+"""Bytes of A and B on the device."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
@@ -103,6 +104,7 @@ class Service:
         max_num_seqs: requests that run at once.
         max_queue: requests that may wait beyond those.
         kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
+        adapter_memory: bytes for adapters on the device; a request for one more than fits is told to come back.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
@@ -118,6 +120,7 @@ class Service:
         max_num_seqs: int = 32,
         max_queue: int = 64,
         kv_memory: int | None = None,
+        adapter_memory: int = ADAPTER_MEMORY,
         seed: int | None = None,
     ) -> None:
         limit = base.config.max_position_embeddings
@@ -135,13 +138,13 @@ class Service:
         self.base = base
         self.registry = registry
         self.max_queue = max_queue
-        self.adapters = AdapterCache(registry, base.device, ADAPTER_MEMORY)
+        self.adapters = AdapterCache(registry, base.device, adapter_memory)
         cache = KVCache(base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
         scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
         self._seed = seed
-        self._num_requests = 0
+        self._numbers = itertools.count(1)
 
     def start(self) -> None:
         self._worker.start()
@@ -152,6 +155,21 @@ class Service:
     @property
     def ready(self) -> bool:
         return self._worker.ready
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises:
+            ContextLengthExceeded: no tokens of this base could fit it into the context, so it is not even read.
+        """
+        most = self.max_model_len * self.base.tokenizer.longest_token
+        if len(text) > most:
+            raise ContextLengthExceeded(
+                f"the prompt's {len(text)} characters cannot fit the context of {self.max_model_len} tokens; "
+                "shorten the conversation",
+                param="messages",
+            )
+        return self.base.tokenizer.encode(text)
 
     def generate(self, prompt_token_ids: list[int], spec: Spec, params: SamplingParams) -> Generation:
         """Queue a request.
@@ -204,7 +222,7 @@ class Service:
             "max_num_seqs": self.max_num_seqs,
             "max_queue": self.max_queue,
             "max_model_len": self.max_model_len,
-            "requests_total": self._num_requests,
+            "requests_total": self._worker.num_submitted,
             "steps_total": self._engine.num_steps,
             "prompt_tokens_total": self._engine.num_prompt_tokens,
             "generated_tokens_total": self._engine.num_generated_tokens,
@@ -226,11 +244,10 @@ class Service:
                 "shorten the conversation or lower max_tokens",
                 param="max_tokens" if room > 0 else "messages",
             )
-        self._num_requests += 1
         if params.seed is not None:
             seed = params.seed
         else:
-            seed = secrets.randbits(63) if self._seed is None else hash((self._seed, self._num_requests))
+            seed = secrets.randbits(63) if self._seed is None else hash((self._seed, next(self._numbers)))
         eos = frozenset() if params.ignore_eos else self.base.eos_ids
         return Sequence(
             prompt_token_ids=list(prompt),

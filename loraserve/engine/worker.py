@@ -11,12 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from loraserve.engine.engine import Engine
-from loraserve.engine.sequence import Sequence, Token
+from loraserve.engine.engine import Engine, Event
+from loraserve.engine.sequence import Sequence
 from loraserve.errors import LoraserveError, NotReady, QueueFull
 
 log = logging.getLogger(__name__)
-Event = Token | LoraserveError
 
 
 class _Call:
@@ -47,6 +46,8 @@ class Worker:
         self._outboxes: dict[Sequence, queue.SimpleQueue[Event]] = {}
         self._lock = threading.Lock()  # guards _outboxes and _failure
         self._failure: str | None = "the engine is not started"
+        self.num_submitted = 0
+        """Sequences accepted since the start."""
         self._thread = threading.Thread(target=self._run, name="loraserve-engine", daemon=True)
 
     @property
@@ -81,6 +82,7 @@ class Worker:
             if len(self._outboxes) >= self._max_requests:
                 raise QueueFull(f"all {self._max_requests} places are taken; try again in a moment")
             self._outboxes[sequence] = outbox
+            self.num_submitted += 1
         self._inbox.put(lambda: self._engine.add(sequence))
         return outbox
 
@@ -107,8 +109,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._drain():
-                for sequence, token in self._engine.step():
-                    self._deliver(sequence, token)
+                self._step()
             self._fail("the engine has been stopped")
         except Exception as error:
             log.exception("the engine's step crashed")
@@ -116,22 +117,32 @@ class Worker:
 
     def _drain(self) -> bool:
         """Take commands until there is work; return False when told to stop."""
-        while True:
-            try:
-                command = self._inbox.get(block=not self._engine.has_work)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
+        try:
+            while self._take():
+                pass
+            return False
+        except queue.Empty:
+            return True
 
-    def _deliver(self, sequence: Sequence, token: Token) -> None:
+    def _take(self) -> bool:
+        """Run the next command. In a scope of its own, so that no ended request is kept while waiting for the next."""
+        command = self._inbox.get(block=not self._engine.has_work)
+        if command is None:
+            return False
+        command()
+        return True
+
+    def _step(self) -> None:
+        for sequence, event in self._engine.step():
+            self._deliver(sequence, event)
+
+    def _deliver(self, sequence: Sequence, event: Event) -> None:
         with self._lock:
             outbox = self._outboxes.get(sequence)
-            if outbox is not None and token.finish_reason:
+            if outbox is not None and (isinstance(event, LoraserveError) or event.finish_reason):
                 del self._outboxes[sequence]
         if outbox is not None:
-            outbox.put(token)
+            outbox.put(event)
 
     def _fail(self, reason: str) -> None:
         with self._lock:

@@ -45,7 +45,7 @@ def chat_completions() -> Response:
     prompt = state.base.template.render([_plain(m) for m in body.messages], tools=tools, **kwargs)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     logprobs = body.top_logprobs or 0 if body.logprobs else None
-    ids = state.base.tokenizer.encode(prompt)
+    ids = state.service.encode(prompt)
     with _naming({"max_tokens": limit, "prompt": "messages"}):
         params = body.sampling(max_tokens=getattr(body, limit), logprobs=logprobs)
         generations = _submit(state, selection, [ids], body.n or 1, params)
@@ -59,8 +59,8 @@ def completions() -> Response:
     state, body = current(), parse(request, Completion)
     selection = state.select(body.model, body.adapter)
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = [state.base.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
     with _naming({"messages": "prompt"}):
+        prompts = [state.service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
         params = body.sampling(max_tokens=limit, logprobs=body.logprobs)
         generations = _submit(state, selection, prompts, body.n or 1, params)
     return Answer(state, body, selection, generations, TextForm(len(generations))).respond()

@@ -18,10 +18,10 @@ from loraserve.errors import (
     DataError,
     InvalidRequest,
     LoraserveError,
+    NotFinite,
     NotFound,
     NotReady,
     QueueFull,
-    TooLarge,
 )
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ STATUS: dict[type[LoraserveError], int] = {
     InvalidRequest: 400,
     NotFound: 404,
     Conflict: 409,
-    TooLarge: 413,
     AdapterRefused: 422,
     CheckpointError: 422,
     DataError: 422,
+    NotFinite: 422,
     QueueFull: 429,
     NotReady: 503,
 }

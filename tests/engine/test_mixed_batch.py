@@ -1,6 +1,6 @@
 """Batching does not change answers: every row of a mixed batch equals the same request alone and the naive loop."""
 
-import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,11 +27,22 @@ def naive(service: Service, prompt: list[int], spec: str, count: int) -> list[in
 
 
 def test_mixed_adapter_batch_matches_each_request_alone(service: Service) -> None:
-    alone = [collect(service.generate(p, parse_spec(s), GREEDY)) for p, s in zip(PROMPTS, SPECS, strict=True)]
-    generations = [service.generate(p, parse_spec(s), GREEDY) for p, s in zip(PROMPTS, SPECS, strict=True)]
-    assert [collect(g) for g in generations] == alone
-    expected = [naive(service, p, s, 20) for p, s in zip(PROMPTS, SPECS, strict=True)]
-    assert alone == expected
+    asked = list(zip(PROMPTS, map(parse_spec, SPECS), strict=True))
+    alone = [collect(service.generate(prompt, spec, GREEDY)) for prompt, spec in asked]
+    steps_alone = service.stats()["steps_total"]
+    watched = replace(GREEDY, logprobs=20)
+    pieces = [list(g) for g in [service.generate(prompt, spec, watched) for prompt, spec in asked]]
+    steps_mixed = service.stats()["steps_total"] - steps_alone
+    assert steps_alone == len(asked) * 20
+    assert steps_mixed < 2 * 20, "the requests must have shared their steps"
+    assert [[i for piece in answer for i in piece.token_ids] for answer in pieces] == alone
+    assert alone == [naive(service, p, s, 20) for p, s in zip(PROMPTS, SPECS, strict=True)]
+    for (prompt, spec), answer, ids in zip(asked, pieces, alone, strict=True):
+        exact = service.logits(prompt + ids[:-1], spec)[len(prompt) - 1 :].log_softmax(dim=-1)
+        tokens = [token for piece in answer for token in piece.logprobs]
+        for row, token in zip(exact, tokens, strict=True):
+            assert len(token.top) == 20
+            assert all(abs(row[other.token_id].item() - other.logprob) < 1e-4 for other in token.top)
 
 
 def test_adapters_and_blends_change_the_answer(service: Service) -> None:
@@ -57,16 +68,20 @@ def test_early_end_late_join_and_cancellation_leave_the_others_alone(service: Se
     assert list(cancelled) == []
 
 
-def test_cancelled_request_frees_its_slot(service: Service) -> None:
-    forever = SamplingParams(max_tokens=180, temperature=0.0, ignore_eos=True)
-    generation = service.generate([1, 2], (), forever)
-    next(generation)
-    generation.cancel()
-    generation.cancel()
-    deadline = time.monotonic() + 10
-    while service.stats()["requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert service.stats()["requests_running"] == 0
+def test_cancelled_request_frees_its_slot(base, registry) -> None:
+    service = Service(base, registry, max_model_len=2048)
+    service.start()
+    try:
+        forever = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
+        generation = service.generate([1, 2], (), forever)
+        next(generation)
+        generation.cancel()
+        generation.cancel()
+        service.logits([1])  # runs between two steps, after the cancellation
+        assert service.stats()["requests_running"] == 0
+        assert service.stats()["generated_tokens_total"] < 1000
+    finally:
+        service.stop()
 
 
 def test_prompt_longer_than_a_step_is_computed_in_chunks(base, registry) -> None:

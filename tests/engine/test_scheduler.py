@@ -1,7 +1,7 @@
 """Scheduling is bookkeeping: checked without a model."""
 
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.scheduler import MAX_PASSED_OVER, Scheduler
 from loraserve.engine.sequence import Sequence
 
 
@@ -64,3 +64,25 @@ def test_tokens_cross_from_prompt_to_answer() -> None:
     assert s.tokens(2, 4) == [2, 3, 90, 91]
     assert s.tokens(5, 1) == [91]
     assert s.tokens(0, 7) == [0, 1, 2, 3, 90, 91, 92]
+
+
+def test_passed_over_request_is_not_overtaken_for_ever() -> None:
+    scheduler = Scheduler(num_slots=2, max_batched_tokens=100, max_adapters=1)
+    one, two = object(), object()
+    running = sequence(2, one)
+    scheduler.add(running)
+    advance(scheduler)
+    patient = sequence(2, two)
+    scheduler.add(patient)
+    overtakers = 0
+    while overtakers < 10 * MAX_PASSED_OVER:
+        scheduler.add(following := sequence(2, one))
+        advance(scheduler)
+        if following.slot < 0:  # the running one is not replaced any more, so it will end and `patient` is next
+            break
+        scheduler.release(running)
+        running = following
+        overtakers += 1
+    assert overtakers == MAX_PASSED_OVER
+    scheduler.release(running)
+    assert patient in [s for s, _, _ in advance(scheduler)]

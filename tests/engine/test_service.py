@@ -1,17 +1,21 @@
 """What is refused before anything is queued, what a crash does, and that a republished adapter is noticed."""
 
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from loraserve.engine.llm import LLM
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Service
-from loraserve.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, NotReady, QueueFull
+from loraserve.engine.service import Generation, Service
+from loraserve.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, NotFinite, NotReady, QueueFull
+from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.spec import parse_spec
+from loraserve.registry import Registry
 
 ENDLESS = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
 
@@ -64,17 +68,98 @@ def test_crash_of_a_step_fails_every_waiter_and_ends_readiness(base, registry, m
 
 
 def test_stopping_fails_what_is_in_flight(base, registry) -> None:
-    service = Service(base, registry, max_model_len=192)
+    service = Service(base, registry, max_model_len=2048)
     service.start()
-    generation = service.generate([5], (), ENDLESS)
-    threading.Timer(0.05, service.stop).start()
-    try:
-        pieces = list(generation)
-        assert pieces[-1].finish_reason == "length"  # it may have been fast enough
-    except NotReady:
-        pass
-    time.sleep(0.1)
+    generation = service.generate([5], (), SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True))
+    next(generation)
+    service.stop()
+    with pytest.raises(NotReady, match="stopped"):
+        list(generation)
     assert not service.ready
+
+
+@pytest.fixture
+def overflowing(base, registry, random_adapter, tmp_path) -> Registry:
+    """The shared registry's adapter `b`, and one whose numbers are finite and whose products are not."""
+    mine = Registry(tmp_path, base.shapes, base.fingerprint)
+    shutil.copytree(registry.get("b").path, tmp_path / "b")
+    sound = random_adapter(base.shapes, ["down_proj"], 2, 9)
+    weights = {t: LoraWeight(w.A * 1e18, w.B * 1e30, w.scaling) for t, w in sound.weights.items()}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=sorted(weights))
+    mine.publish("huge", Adapter(weights), config, {"base_fingerprint": base.fingerprint})
+    return mine
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_request_that_overflows_fails_alone_and_leaves_a_clean_slot(base, overflowing, cancelled) -> None:
+    service = Service(base, overflowing, max_model_len=2048, max_num_seqs=2)
+    service.start()
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+    def collect(generation: Generation) -> list[int]:
+        return [i for piece in generation for i in piece.token_ids]
+
+    try:
+        asked = ([7, 8], parse_spec("b")), (list(range(10, 210)), ())
+        alone = [collect(service.generate(*request, params)) for request in asked]
+        # `huge` takes the first slot; a prompt of several steps can be cancelled before its first token.
+        huge = service.generate([11] * 1500, parse_spec("huge"), params)
+        beside = service.generate(*asked[0], params)
+        if cancelled:
+            huge.cancel()
+        else:
+            with pytest.raises(NotFinite, match="float32"):
+                list(huge)
+        assert collect(beside) == alone[0]
+        both = [service.generate(*request, params) for request in asked]
+        assert [collect(generation) for generation in both] == alone
+        assert service.ready
+    finally:
+        service.stop()
+
+
+def test_adapters_of_requests_in_flight_are_counted(base, registry) -> None:
+    size = registry.load("b").num_bytes
+    service = Service(base, registry, max_model_len=2048, adapter_memory=size)
+    service.start()
+    try:
+        running = service.generate([5], parse_spec("b"), SamplingParams(max_tokens=2000, ignore_eos=True))
+        next(running)
+        with pytest.raises(QueueFull, match="adapter-memory"):
+            service.generate([5], parse_spec("a"), ENDLESS)
+        assert list(service.generate([5], (), SamplingParams(max_tokens=2))), "the base needs no room"
+        running.cancel()
+        del running
+        service.logits([5])
+        assert service.logits([5], parse_spec("a")).isfinite().all()
+        assert service.loaded() == ["a"]
+        assert service.stats()["adapter_bytes"] < size
+    finally:
+        service.stop()
+
+
+def test_adapter_wanted_by_many_threads_is_loaded_once(base, registry, monkeypatch) -> None:
+    service = Service(base, registry, max_model_len=192)
+    loads: list[str] = []
+    load = Registry.load
+
+    def slow(self: Registry, name: str) -> Adapter:
+        loads.append(name)
+        time.sleep(0.2)
+        return load(self, name)
+
+    monkeypatch.setattr(Registry, "load", slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: service.adapters.resolve(parse_spec("a"))[0][0], range(8)))
+    assert loads == ["a"]
+    assert len(set(map(id, found))) == 1
+
+
+def test_prompt_that_cannot_fit_is_refused_unread(service: Service, monkeypatch) -> None:
+    text = "x" * (192 * service.base.tokenizer.longest_token + 1)
+    monkeypatch.setattr(type(service.base.tokenizer), "encode", lambda self, text: pytest.fail("it was tokenized"))
+    with pytest.raises(ContextLengthExceeded, match="characters cannot fit"):
+        service.encode(text)
 
 
 def test_republished_adapter_answers_from_the_next_request_on(service: Service, random_adapter) -> None:
@@ -125,10 +210,6 @@ def test_llm_generates_chats_and_scores(tiny_base_dir, registry) -> None:
 
 
 def test_dropped_in_directory_changed_by_hand_is_read_again(base, registry, random_adapter, tmp_path) -> None:
-    import shutil
-
-    from loraserve.registry import Registry
-
     mine = Registry(tmp_path, base.shapes, base.fingerprint)
     service = Service(base, mine, max_model_len=192)
     service.start()
