@@ -116,4 +116,6 @@ def _load(path: Path, name: str) -> dict[object, object]:
 
 def _has_own_bytes(tensor: torch.Tensor) -> bool:
     """Whether the file really holds a value for each element: strides can claim terabytes over four bytes."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

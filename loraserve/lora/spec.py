@@ -17,6 +17,8 @@ from loraserve.errors import InvalidRequest
 BASE = "base"
 MAX_BLEND = 16
 MAX_SCALE = 100.0
+MAX_NAME_BYTES = 200
+"""So that a file system's 255 leave room for the marks of a name's temporary files."""
 NAME_PATTERN = re.compile(r"\w(?:[\w.-]{0,62}\w)?")
 
 
@@ -38,10 +40,10 @@ def check_name(name: object, *, param: str | None = None) -> str:
     Raises InvalidRequest for anything but 1 to 64 letters, digits, `_`, `-`, `.` that begins and ends with a letter,
     digit or `_`, and for the reserved word `base`.
     """
-    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise InvalidRequest(
             f"{name!r} cannot name an adapter: use 1 to 64 letters, digits, '_', '-' or '.', "
-            "starting and ending with a letter or digit",
+            f"starting and ending with a letter or digit, of {MAX_NAME_BYTES} bytes at most",
             param=param,
         )
     if name == BASE:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraserve.errors import AdapterRefused
+from loraserve.lora.adapter import Shapes
 from loraserve.lora.files import copy_file, write_file
 from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import CONFIG_FILE, read_adapter
@@ -21,10 +22,11 @@ EXTRA_SUFFIXES = (".md", ".png", ".svg", ".jsonl")
 _MAX_EXTRA = 16 << 20
 
 
-def settle(folder: AdapterFolder, staging: Path) -> str | None:
+def settle(folder: AdapterFolder, staging: Path, shapes: Shapes | None = None) -> str | None:
     """Bring the top level and the versions in step.
 
     Args:
+        shapes: of the base that a changed adapter must fit; None for any base.
         staging: where a directory for the next version may be made, on the same file system.
 
     Returns:
@@ -49,7 +51,7 @@ def settle(folder: AdapterFolder, staging: Path) -> str | None:
         if symlinks := [name for name in WATCHED if (folder.path / name).is_symlink()]:
             raise AdapterRefused(folder.path.name, [f"{name} is a symlink, which is not followed" for name in symlinks])
         collect(folder.path, staging)
-        read_adapter(staging, folder.path.name)
+        read_adapter(staging, folder.path.name, shapes)
     except AdapterRefused as refusal:
         shutil.rmtree(staging, ignore_errors=True)
         heal(folder, current)

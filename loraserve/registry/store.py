@@ -93,7 +93,7 @@ class Registry:
         if folder.current() is not None and not folder.in_step():
             try:
                 with self._staging.locked(f"adopt the changed files of adapter {name!r}", READERS_PATIENCE):
-                    warning = settle(folder, self._staging.place(name))
+                    warning = settle(folder, self._staging.place(name), self.shapes)
             except (Conflict, StorageError) as error:
                 warning, settled = str(error), False
             signature = folder.signature() or ()
@@ -242,7 +242,7 @@ class Registry:
         self._existing(name)
         with self._staging.locked(f"roll adapter {name!r} back"):
             folder = self._existing(name)
-            settle(folder, self._staging.place(name))
+            settle(folder, self._staging.place(name), self.shapes)
             current, numbers = folder.current(), folder.numbers()
             if version is None:
                 version = max((n for n in numbers if current is None or n < current), default=None)
@@ -283,7 +283,7 @@ class Registry:
                 shutil.rmtree(staged, ignore_errors=True)
                 raise
             if folder.current() is not None:
-                settle(folder, self._staging.place(name))
+                settle(folder, self._staging.place(name), self.shapes)
             elif folder.has_own_files():
                 adopt_dropped(folder, self._staging.place(name))
             folder.add(staged)

@@ -1,7 +1,8 @@
 """The adapters by HTTP: list, describe, upload, remove, and vLLM's load and unload.
 
-An upload is a multipart form with `adapter_config.json`, one `.safetensors` file, and the field `name`. Whatever is
-refused leaves the registry as it was. Unloading takes an adapter out of service and out of memory; its files stay.
+An upload is a multipart form with `adapter_config.json`, one `.safetensors` file, and the field `name`; a
+`loraserve.json` may tell where the adapter comes from. Whatever is refused leaves the registry as it was. Unloading
+takes an adapter out of service and out of memory; its files stay.
 """
 
 import os
@@ -21,7 +22,7 @@ from loraserve.server.schema import LoadAdapter, UnloadAdapter, parse
 from loraserve.server.state import State, current
 
 routes = Blueprint("adapters", __name__)
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "loraserve.json"
 UPLOAD_LIMIT = "MAX_UPLOAD_BYTES"
 
 
@@ -130,14 +131,16 @@ def _flag(field: str) -> bool:
 
 
 def _role(file: FileStorage, files: dict[str, FileStorage]) -> str:
-    """Which of the two parts a file is."""
+    """Which part of an adapter a file is."""
     given = Path((file.filename or "").replace("\\", "/")).name
-    if given == CONFIG:
-        part = CONFIG
+    if given in (CONFIG, MANIFEST):
+        part = given
     elif given.endswith(".safetensors"):
         part = WEIGHTS
     else:
-        raise InvalidRequest(f"unexpected file {given!r}: only {CONFIG} and one .safetensors are taken", param="file")
+        raise InvalidRequest(
+            f"unexpected file {given!r}: only {CONFIG}, one .safetensors and {MANIFEST} are taken", param="file"
+        )
     if part in files:
         raise InvalidRequest(f"two files for {part}: an upload is one adapter", param="file")
     return part

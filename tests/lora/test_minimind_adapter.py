@@ -109,6 +109,14 @@ def test_prefixes_of_wrapped_models_are_stripped(tmp_path, prefix):
     assert set(adapter.weights) == {"model.layers.0.self_attn.q_proj"}
 
 
+@pytest.mark.parametrize("spoil", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_tensors_without_plain_values_are_refused(tmp_path, spoil):
+    state = pair()
+    state["model.layers.0.self_attn.q_proj.lora.A.weight"] = spoil(torch.ones(2, 32))
+    with pytest.raises(AdapterRefused, match=r"lora\.A\.weight"):
+        read_minimind(save(tmp_path / "a.pth", state))
+
+
 class Evil:
     """A pickle that would create a file if it were run."""
 

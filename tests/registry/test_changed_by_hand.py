@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraserve.errors import AdapterRefused
+from loraserve.lora.config import LoraConfig
 from loraserve.lora.peft import read_adapter, write_adapter
 from loraserve.registry import Registry
 
@@ -46,6 +47,21 @@ def test_weights_changed_by_hand_are_adopted_and_the_old_ones_kept(
     assert reader.load("x").digest == old.digest
     assert read_adapter(registry.root / "x", "x")[0].digest == old.digest
     assert reader.get("x").manifest.base_fingerprint == FINGERPRINT
+
+
+@pytest.mark.parametrize("write", [replace_file, overwrite])
+def test_adapter_of_another_base_put_there_by_hand_does_not_replace_the_good_one(
+    registry, shapes, publish, random_adapter, tmp_path, write
+):
+    good = publish("x", 1)
+    wider = {target: (2 * rows, 2 * columns) for target, (rows, columns) in shapes.items()}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    write_adapter(tmp_path / "new", random_adapter(wider, ["q_proj", "v_proj"], 4, 0), config)
+    for file in (WEIGHTS, CONFIG):
+        write(tmp_path / "new" / file, registry.root / "x" / file)
+    assert "this base has" in registry.get("x").warnings[-1]
+    assert registry.get("x").version == 1
+    assert registry.load("x").digest == good.digest
 
 
 @pytest.mark.parametrize("write", [replace_file, overwrite])

@@ -91,6 +91,15 @@ def test_an_upload_is_served_at_once(client: FlaskClient, second: Path) -> None:
     assert says(client, "bard") == text_of("poet")
 
 
+def test_an_upload_may_bring_its_origin(client: FlaskClient, second: Path) -> None:
+    origin = json.dumps({"description": "by hand", "base_name": "elsewhere"}).encode()
+    files = [(io.BytesIO((second / file).read_bytes()), file) for file in FILES]
+    data = {"name": "bard", "file": [*files, (io.BytesIO(origin), "loraserve.json")]}
+    response = client.post("/v1/adapters", data=data)
+    assert response.status_code == 201, response.text
+    assert (response.json["description"], response.json["base_name"]) == ("by hand", "elsewhere")
+
+
 def test_an_upload_replaces_only_when_told_to(client: FlaskClient, second: Path) -> None:
     expect(upload(client, second, "pirate"), 409, "conflict", "name", "replace")
     assert says(client, "pirate") == text_of("pirate")
@@ -98,7 +107,7 @@ def test_an_upload_replaces_only_when_told_to(client: FlaskClient, second: Path)
     assert says(client, "pirate") == text_of("poet")
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden", "", "base", "x" * 65, "a\x00b", "-rf"])
+@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden", "", "base", "x" * 65, "𠮷" * 64, "a\x00b", "-rf"])
 def test_an_upload_cannot_leave_the_registry(client: FlaskClient, service: Service, second: Path, name: str) -> None:
     before = sorted(service.registry.root.parent.iterdir())
     expect(upload(client, second, name), 400, "invalid_request", "name")
