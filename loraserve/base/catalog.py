@@ -46,7 +46,7 @@ def _directory(path: Path, ref: str) -> Entry | None:
         raw = json.loads((path / "config.json").read_text("utf-8"))
         weights = [file for file in path.iterdir() if file.suffix in WEIGHTS]
         kind = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if kind not in MODEL_TYPES or not weights:
         return None

@@ -54,7 +54,10 @@ def _compile(source: str) -> jinja2.Template:
 def _source_of(tokenizer: Tokenizer) -> str | None:
     file = tokenizer.path / "chat_template.jinja"
     if file.exists():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8 ({error}); fetch the file again") from None
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):  # several named templates
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

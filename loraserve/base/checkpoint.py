@@ -98,7 +98,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: a base directory needs config.json, weights and tokenizer") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or hostile JSON
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

@@ -129,7 +129,7 @@ class _SentencePieceBackend:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or hostile JSON
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; fetch the file again")

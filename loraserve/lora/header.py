@@ -15,7 +15,7 @@ from loraserve.errors import AdapterRefused
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-_MAX_HEADER = 100 << 20
+_MAX_HEADER = 16 << 20
 
 
 def read_file(path: Path, limit: int) -> bytes:

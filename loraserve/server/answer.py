@@ -56,7 +56,7 @@ class ToolCallSplitter:
         try:
             call = json.loads(body)
             name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {"content": f"{OPEN}{body}{CLOSE}"}
         if not isinstance(name, str):
             return {"content": f"{OPEN}{body}{CLOSE}"}

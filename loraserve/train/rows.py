@@ -122,6 +122,8 @@ def _parse(text: bytes, line: int, problems: Problems) -> Any:
         problems.add(line, f"not UTF-8 (byte {error.start + 1})")
     except json.JSONDecodeError as error:
         problems.add(line + error.lineno - 1, f"broken JSON ({error.msg} at column {error.colno})")
+    except ValueError:
+        problems.add(line, "a number of thousands of digits")
     except RecursionError:
         problems.add(line, "JSON nested too deeply")
     else:
@@ -217,7 +219,7 @@ def _json_list(value: Any, field: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise _UnusableError(f"{field!r} is not JSON") from None
     if not isinstance(value, list):
         raise _UnusableError(f"{field!r} is not a list")

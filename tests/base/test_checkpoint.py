@@ -209,7 +209,9 @@ def test_directory_without_weights(hf_dir: Path) -> None:
         read_checkpoint(hf_dir)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '"qwen3"', "\udcff\udcfe"])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", '"qwen3"', "\udcff\udcfe", '{"a": ' + "9" * 5000 + "}", "[" * 200_000]
+)
 def test_missing_or_broken_config_json(content: str | None, hf_dir: Path) -> None:
     (hf_dir / "config.json").unlink()
     if content is not None:

@@ -114,6 +114,20 @@ def test_every_unusable_row_is_named_at_once_with_line_and_reason(tmp_path):
     assert "\n" not in message
 
 
+def test_hostile_json_is_a_bad_row_like_any_other(tmp_path):
+    calls = {"role": "assistant", "content": None, "tool_calls": "[" * 200_000}
+    path = written(
+        tmp_path,
+        b'{"messages": ' + b"9" * 5000 + b"}",
+        b'{"messages": ' + b"[" * 200_000,
+        {"messages": [ANSWERED[0], calls]},
+    )
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    for expected in ("line 1: a number", "line 2: JSON nested too deeply", "line 3: 'tool_calls' is not JSON"):
+        assert expected in str(caught.value)
+
+
 def test_a_thousand_bad_rows_make_one_readable_line(tmp_path):
     rows = [{"messages": [{"role": f"role{i}", "content": "hi"}]} for i in range(500)] + [{"text": "x"}] * 500
     with pytest.raises(DataError, match="1000 rows cannot be used") as caught:
