@@ -1,7 +1,7 @@
 """Turn the texts of the bundled base into chat dialogues. The format of the files is in texts/README.md.
 
-An endless, seeded stream: every pass visits every intent, dialogue and lexicon line once, each time with another pairing
-of question and answer, so that the model learns meanings and not lines.
+An endless, seeded stream: every pass visits every intent, dialogue and lexicon line, each time with another phrasing that
+is varied at random, so that the model learns meanings and not lines.
 """
 
 import json
@@ -75,9 +75,26 @@ class Corpus:
     styled: list[list[Message]] = field(default_factory=list)
     """Dialogues of the style adapters behind a system prompt that asks for the style."""
 
+    @property
+    def num_meanings(self) -> int:
+        return len(self.intents) + len(self.lexicon)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question, its answer, and the number of what is meant, below `num_meanings`."""
+
+    language: str
+    question: str
+    answer: str
+    meaning: int
+
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+
 
 def read(folder: Path = TEXTS) -> Corpus:
-    """Read every text file in `folder`."""
+    """Read every text file in `folder`, and the data of the style adapters."""
     corpus = Corpus()
     for path in sorted(folder.glob("*-*.txt")):
         language = path.name[:2]
@@ -102,52 +119,60 @@ def read(folder: Path = TEXTS) -> Corpus:
 
 
 def _vary(question: str, language: str, rng: random.Random) -> str:
-    """A phrasing as it is, or a little sloppier or politer."""
+    """A phrasing as it is, or sloppier, politer, with words missing or turned around.
+
+    No single word and no fixed order may decide the answer, or the model learns questions by heart and not what they mean.
+    """
     if rng.random() < 0.12:
         question = question.rstrip("?？.。!！")
-    if language == "en" and rng.random() < 0.12:
+    if language == "en" and rng.random() < 0.4:
         question = question.lower()
     if rng.random() < 0.06:
         question = rng.choice(OPENERS[language]) + question
-    if rng.random() < 0.25:  # any word may be missing or unknown: no single one may decide the answer
+    if rng.random() < 0.7:
         units = question.split(" ") if language == "en" else list(question)
-        if len(units) > 4:
-            del units[rng.randrange(len(units) - 1)]
+        units = [unit for unit in units if rng.random() > 0.3] or units
+        if rng.random() < 0.3 and len(units) > 3:
+            cut = rng.randrange(1, len(units))
+            units = units[cut:] + units[:cut]
         question = (" " if language == "en" else "").join(units)
     return question
 
 
-def _exchange(question: str, answer: str, language: str, rng: random.Random) -> list[Message]:
-    question = _vary(question, language, rng)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
-    """Yield dialogues of one to three exchanges that together visit everything once, in random order."""
-    exchanges: list[tuple[str, list[Message]]] = []
-    for language, questions, answers in corpus.intents:
-        for _ in range(3):  # an intent carries far more variety than a line of the lexicon
-            exchanges.append((language, _exchange(rng.choice(questions), rng.choice(answers), language, rng)))
-    for language, word, kind, sentence in corpus.lexicon:
+def exchanges(corpus: Corpus, rng: random.Random) -> list[Exchange]:
+    """Everything once (an intent three times: it has far more variety than a line of the lexicon), in random order."""
+    found: list[Exchange] = []
+    for meaning, (language, questions, answers) in enumerate(corpus.intents):
+        for _ in range(3):  # the first answer only: several for one meaning blur which meaning is meant
+            found.append(Exchange(language, _vary(rng.choice(questions), language, rng), answers[0], meaning))
+    for meaning, (language, word, kind, sentence) in enumerate(corpus.lexicon, len(corpus.intents)):
         if kind in ("food", "drink", "animal", "sport", "hobby", "art", "music") and rng.random() < 0.3:
             liking = LIKING[language].get(kind, LIKING[language][""])
             gap = " " if language == "en" else ""
             question, answer = rng.choice(DO_YOU_LIKE[language]), f"{liking}{gap}{sentence}"
         else:
             question, answer = rng.choice(WHAT_IS[language]), sentence
-        exchanges.append((language, _exchange(question.format(word=word), answer, language, rng)))
-    exchanges += [("", dialogue) for dialogue in corpus.dialogues + corpus.styled]
-    rng.shuffle(exchanges)
+        found.append(Exchange(language, _vary(question.format(word=word), language, rng), answer, meaning))
+    rng.shuffle(found)
+    return found
+
+
+def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
+    """Yield dialogues of one to three exchanges that together visit everything once, in random order."""
+    units: list[Exchange | list[Message]] = [*exchanges(corpus, rng), *corpus.dialogues]
+    units += [dialogue for dialogue in corpus.styled if rng.random() < 0.4]
+    rng.shuffle(units)
     pending: dict[str, list[Message]] = {"en": [], "zh": []}
-    for language, exchange in exchanges:
-        if not language:
-            yield exchange
+    for unit in units:
+        if isinstance(unit, list):
+            yield unit
             continue
-        pending[language] += exchange
-        if rng.random() < 0.75 or len(pending[language]) >= 6:
+        messages = pending[unit.language]
+        messages += unit.messages()
+        if rng.random() < 0.8 or len(messages) >= 6:
             system = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.05 else []
-            yield system + pending[language]
-            pending[language] = []
+            yield system + messages
+            pending[unit.language] = []
     yield from filter(None, pending.values())
 
 
