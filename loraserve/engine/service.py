@@ -162,10 +162,10 @@ class Service:
         Raises:
             ContextLengthExceeded: no tokens of this base could fit it into the context, so it is not even read.
         """
-        most = self.max_model_len * self.base.tokenizer.longest_token
-        if len(text) > most:
+        limit = self.max_model_len
+        if len(text) > limit and len(text) > limit * self.base.tokenizer.longest_token:
             raise ContextLengthExceeded(
-                f"the prompt's {len(text)} characters cannot fit the context of {self.max_model_len} tokens; "
+                f"the prompt's {len(text)} characters cannot fit the context of {limit} tokens; "
                 "shorten the conversation",
                 param="messages",
             )

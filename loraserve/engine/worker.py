@@ -133,16 +133,21 @@ class Worker:
         return True
 
     def _step(self) -> None:
-        for sequence, event in self._engine.step():
-            self._deliver(sequence, event)
-
-    def _deliver(self, sequence: Sequence, event: Event) -> None:
-        with self._lock:
-            outbox = self._outboxes.get(sequence)
-            if outbox is not None and (isinstance(event, LoraserveError) or event.finish_reason):
-                del self._outboxes[sequence]
-        if outbox is not None:
+        for outbox, event in self._addressed(self._engine.step()):
             outbox.put(event)
+
+    def _addressed(self, events: list[tuple[Sequence, Event]]) -> "list[tuple[queue.SimpleQueue[Event], Event]]":
+        """Whom each event goes to. Who reads that a request has ended finds its sequence gone, and its adapter free."""
+        addressed = []
+        with self._lock:
+            for sequence, event in events:
+                outbox = self._outboxes.get(sequence)
+                if outbox is None:
+                    continue
+                if isinstance(event, LoraserveError) or event.finish_reason:
+                    del self._outboxes[sequence]
+                addressed.append((outbox, event))
+        return addressed
 
     def _fail(self, reason: str) -> None:
         with self._lock:

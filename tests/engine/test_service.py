@@ -138,6 +138,17 @@ def test_adapters_of_requests_in_flight_are_counted(base, registry) -> None:
         service.stop()
 
 
+def test_one_call_may_name_more_adapters_than_fit_at_once(tiny_base_dir, registry) -> None:
+    adapters, sampling = ["a", "b", "c", "b", "a", "c"], SamplingParams(max_tokens=20, temperature=0.0)
+    limits = {"dtype": "float32", "device": "cpu", "max_model_len": 192}
+    with LLM(str(tiny_base_dir), registry.root, **limits) as llm:
+        wanted = llm.generate(["hello"] * 6, adapters, sampling)
+    size = registry.load("b").num_bytes
+    with LLM(str(tiny_base_dir), registry.root, adapter_memory=size, **limits) as llm:
+        assert llm.generate(["hello"] * 6, adapters, sampling) == wanted
+    assert [answer.adapter for answer in wanted] == adapters
+
+
 def test_adapter_wanted_by_many_threads_is_loaded_once(base, registry, monkeypatch) -> None:
     service = Service(base, registry, max_model_len=192)
     loads: list[str] = []
