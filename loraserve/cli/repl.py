@@ -75,9 +75,11 @@ class Repl:
         click.secho("/help lists the commands, Ctrl-D leaves\n", dim=True)
 
     def _say(self, line: str) -> None:
-        click.secho(f"{format_spec(self._conversation.spec)}> ", fg="cyan", bold=True, nl=False)
         try:
+            click.secho(f"{format_spec(self._conversation.spec)}> ", fg="cyan", bold=True, nl=False)
             reason = self._conversation.ask(line)
+        except KeyboardInterrupt:  # Ctrl-C before the answer began
+            reason = "abort"
         except LoraserveError:
             click.echo()
             raise
