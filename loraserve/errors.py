@@ -9,6 +9,12 @@ from collections.abc import Iterable
 LONGEST_NAME = 200
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x' or 'y'?` with what in `known` is closest to `name`; '' if nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
 class LoraserveError(Exception):
     """Base of all errors with a message meant for the user.
 
@@ -42,10 +48,8 @@ class NotFound(LoraserveError):
 
     def __init__(self, name: str, known: Iterable[str] = (), *, param: str | None = None, hint: str = "") -> None:
         name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"  # echoing megabytes helps nobody
-        close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-        suggestion = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-        super().__init__(f"no {self.kind} named {name!r}{suggestion}{'; ' + hint if hint else ''}", param=param)
-        self.close_matches = close
+        parts = (f"no {self.kind} named {name!r}", did_you_mean(name, known), hint)
+        super().__init__("; ".join(filter(None, parts)), param=param)
 
 
 class AdapterNotFound(NotFound):
@@ -107,6 +111,12 @@ class StorageError(LoraserveError):
     """Writing failed (disk full, no permission). What was there before is still there."""
 
     code = "storage"
+
+
+class HubError(LoraserveError):
+    """The Hugging Face hub cannot be reached, or does not let us have what was asked for."""
+
+    code = "hub"
 
 
 class QueueFull(LoraserveError):

@@ -3,6 +3,11 @@
 OPEN, CLOSE = "<think>", "</think>"
 
 
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that could be the beginning of `marker`, without being all of it."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+
+
 class ReasoningSplitter:
     """Feed the pieces of one answer, get (reasoning, content) deltas.
 
@@ -44,8 +49,7 @@ class ReasoningSplitter:
             self._held = self._held[len(CLOSE) :]
             self._state, self._trim = "content", True
             return text
-        partial = next((n for n in range(len(CLOSE) - 1, 0, -1) if self._held.endswith(CLOSE[:n])), 0)
-        certain = self._held[: len(self._held) - partial]
+        certain = self._held[: len(self._held) - overlap(self._held, CLOSE)]
         return self._take(len(certain.rstrip("\n")))
 
     def _take(self, count: int) -> str:

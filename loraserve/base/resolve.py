@@ -1,13 +1,12 @@
 """From what a user writes after `--base` to a path on disk: `bundled`, a directory, a `.pth`, or a hub id."""
 
 import os
-import re
 from pathlib import Path
 
+from loraserve.base import hub
 from loraserve.errors import CheckpointError, ModelNotFound
 
 BUNDLED = "bundled"
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 SMALL_FILES = ["*.json", "*.model", "*.jinja"]
 
 
@@ -21,56 +20,24 @@ def resolve_base(ref: str) -> Path:
 
     Raises:
         ModelNotFound: nothing there, locally or on the hub.
-        CheckpointError: the hub could not be reached.
+        HubError: the hub cannot be reached and its cache does not hold the base, or it is gated.
     """
     if ref == BUNDLED:
         return bundled_path()
     path = Path(os.path.expanduser(ref))
     if ref and os.path.exists(path):  # unlike Path.exists it takes any string
         return path
-    match = HUB_ID.fullmatch(ref)
+    match = hub.HUB_ID.fullmatch(ref)
     if match and not ref.startswith((".", "/")) and path.suffix != ".pth":
         return _download(match["repo"], match["revision"])
     raise ModelNotFound(ref, [BUNDLED], hint="a base is 'bundled', a directory, a .pth file or a hub id owner/name")
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def fetch(weights: str) -> Path:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*SMALL_FILES, weights]))
-
-    try:
-        folder = fetch("*.safetensors")
-        return folder if any(folder.glob("*.safetensors")) else fetch("*.bin")
-    except HFValidationError:
-        raise ModelNotFound(repo, hint="no such directory here, and the hub has no such names") from None
-    except GatedRepoError:
-        raise CheckpointError(f"{repo} is gated: accept its terms on the hub and run `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise ModelNotFound(f"{repo}@{revision}", hint="the repository exists, this revision does not") from None
-    except RepositoryNotFoundError:
-        raise ModelNotFound(repo, hint="no such directory here and no such repository on the hub") from None
-    except LocalEntryNotFoundError as error:
-        reason = _first_line(error.__cause__ or error)
-        raise CheckpointError(
-            f"the hub cannot be reached for {repo} ({reason}) and its local cache does not hold all of it; "
-            "try again when online"
-        ) from None
-    except (httpx2.HTTPError, OSError) as error:
-        raise CheckpointError(f"{repo} could not be downloaded: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    folder = hub.download(repo, revision, [*SMALL_FILES, "*.safetensors"], ModelNotFound)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return hub.download(repo, revision, [*SMALL_FILES, "*.bin"], ModelNotFound)
 
 
 def minimind_weights(from_weight: str, hidden_size: int, use_moe: bool, save_dir: Path) -> Path:

@@ -263,8 +263,9 @@ def pull_adapter(
     \b
     loraserve adapters pull someone/minimind-3-pirate --name pirate
     """
+    from loraserve.base.hub import split_hub_id
     from loraserve.lora.spec import check_name
-    from loraserve.registry.hub import download, split_hub_id
+    from loraserve.registry.hub import download
 
     repo, own_name, revision = split_hub_id(hub_id)
     name = check_name(name or own_name)
@@ -282,8 +283,9 @@ def push_adapter(name: str, hub_id: str, private: bool, adapters_dir: Path) -> N
 
     The version in use goes there; the hub wants you to have run `hf auth login`.
     """
+    from loraserve.base.hub import split_hub_id
     from loraserve.registry import Registry
-    from loraserve.registry.hub import split_hub_id, upload
+    from loraserve.registry.hub import upload
 
     repo, _, revision = split_hub_id(hub_id)
     if revision:

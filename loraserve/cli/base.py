@@ -76,7 +76,8 @@ def show_base(ref: str, tokenizer: str | None, num_attention_heads: int | None, 
 @click.argument("hub_id", metavar="OWNER/NAME[@REVISION]")
 def pull_base(hub_id: str) -> None:
     """Download a base from the Hugging Face hub, or bring its local copy up to date."""
-    from loraserve.base.resolve import HUB_ID, resolve_base
+    from loraserve.base.hub import HUB_ID
+    from loraserve.base.resolve import resolve_base
 
     if Path(hub_id).exists() or not HUB_ID.fullmatch(hub_id):
         raise click.UsageError(

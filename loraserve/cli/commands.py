@@ -4,11 +4,12 @@ Option names may be spelled with hyphens or with MiniMind's underscores (`--batc
 never touched. Every command understands `--debug` and `-h`. Mistyped names are answered with close matches.
 """
 
-import difflib
 import logging
 from typing import Any
 
 import click
+
+from loraserve.errors import did_you_mean
 
 DEBUG = "loraserve.debug"
 """Key in `Context.meta`: the user wants tracebacks."""
@@ -64,9 +65,8 @@ class LoraserveGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
-            close = difflib.get_close_matches(name, self.list_commands(ctx), n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-            raise click.UsageError(f"no command named {name!r}{hint}", ctx)
+            parts = (f"no command named {name!r}", did_you_mean(name, self.list_commands(ctx)))
+            raise click.UsageError("; ".join(filter(None, parts)), ctx)
         return super().resolve_command(ctx, args)
 
 

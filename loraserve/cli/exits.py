@@ -1,6 +1,6 @@
 """What the process says and returns when a command ends early.
 
-    0 done · 1 failed · 2 wrong usage · 130 interrupted
+    0 done · 1 failed · 2 an option or argument that can never work · 130 interrupted
 
 Each failure is one line on stderr, `error: ...`.
 """
@@ -12,14 +12,14 @@ import sys
 
 import click
 
-from loraserve.errors import LoraserveError, TrainingInterrupted
+from loraserve.errors import InvalidRequest, LoraserveError, TrainingInterrupted
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ended with `error`."""
-    if isinstance(error, click.UsageError):
+    if isinstance(error, click.UsageError | InvalidRequest):
         return USAGE
     if isinstance(error, TrainingInterrupted | click.Abort | KeyboardInterrupt):
         return INTERRUPTED

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 import loraserve
 from loraserve.cli.conversation import Conversation
 from loraserve.cli.tables import count, table
-from loraserve.errors import ContextLengthExceeded, LoraserveError, NotReady
+from loraserve.errors import ContextLengthExceeded, LoraserveError, NotReady, did_you_mean
 from loraserve.lora.spec import BASE, format_spec
 
 HISTORY_LENGTH = 1000
@@ -89,8 +88,7 @@ class Repl:
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in self._commands:
-            close = difflib.get_close_matches(name, self._commands, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else "/help lists the commands"
+            hint = did_you_mean(name, self._commands) or "/help lists the commands"
             click.secho(f"error: no command named {name}; {hint}", fg="red", err=True)
             return
         self._commands[name][2](rest.strip())

@@ -8,7 +8,7 @@ import click
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under a header, columns two spaces apart; numbers stand to the right."""
-    lines = [[str(cell) for cell in row] for row in rows]
+    lines = [[_printable(cell) for cell in row] for row in rows]
     numeric = [
         bool(lines) and all(line[i][:1].isdigit() or line[i] == "-" for line in lines) for i in range(len(header))
     ]
@@ -23,7 +23,7 @@ def pairs(entries: Iterable[tuple[str, object]]) -> None:
     entries = list(entries)
     width = max(_width(name) for name, _ in entries)
     for name, value in entries:
-        click.echo(f"  {click.style(_pad(name, width), dim=True)}  {value}")
+        click.echo(f"  {click.style(_pad(name, width), dim=True)}  {_printable(value)}")
 
 
 def shorten(fingerprint: str) -> str:
@@ -45,6 +45,11 @@ def size(number: int) -> str:
         if number >= power:
             return f"{number / power:.1f} {unit}"
     return f"{number} B"
+
+
+def _printable(value: object) -> str:
+    """As text without control characters: a file from elsewhere must not steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:

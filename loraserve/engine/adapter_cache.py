@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import torch
 
-from loraserve.errors import QueueFull
+from loraserve.errors import InvalidRequest, QueueFull
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec
 from loraserve.registry import Registry
@@ -39,8 +39,12 @@ class AdapterCache:
         Raises:
             AdapterNotFound, AdapterRefused: see `Registry.load`.
             QueueFull: the adapters of the requests in flight leave no room for another.
+            InvalidRequest: the SPEC's own adapters do not fit together.
         """
-        return tuple((self._get(term.name), term.scale) for term in spec)
+        parts: list[tuple[Adapter, float]] = []
+        for term in spec:
+            parts.append((self._get(term.name, sum(adapter.num_bytes for adapter, _ in parts)), term.scale))
+        return tuple(parts)
 
     def names(self) -> list[str]:
         with self._lock:
@@ -60,7 +64,8 @@ class AdapterCache:
     def _size(self) -> int:
         return sum(adapter.num_bytes for adapter in self._alive)
 
-    def _get(self, name: str) -> Adapter:
+    def _get(self, name: str, beside: int) -> Adapter:
+        """The adapter `name`; `beside` bytes are taken by others of the same SPEC."""
         if adapter := self._held(name, self._registry.get(name).signature):
             return adapter
         with self._loading:
@@ -69,7 +74,7 @@ class AdapterCache:
                 return adapter
             adapter = self._registry.load(name).to(self._device, torch.float32)
             with self._lock:
-                self._make_room(name, adapter.num_bytes)
+                self._make_room(name, adapter.num_bytes, beside)
                 self._alive.add(adapter)
                 self._loaded[name] = (version, adapter)
             return adapter
@@ -82,10 +87,16 @@ class AdapterCache:
             self._loaded.move_to_end(name)
             return held[1]
 
-    def _make_room(self, name: str, size: int) -> None:
+    def _make_room(self, name: str, size: int, beside: int) -> None:
         """Evict the least recently used until `size` bytes more fit; what a request runs on stays all the same."""
         self._loaded.pop(name, None)  # an older version
         while self._alive and self._size() + size > self._capacity:
+            if not self._loaded and beside and beside + size > self._capacity:
+                raise InvalidRequest(
+                    f"the adapters of this blend need {(beside + size) / 2**20:.1f} MiB together, more than the "
+                    f"{self._capacity / 2**20:.1f} MiB there are; blend fewer, or raise --adapter-memory",
+                    param="adapter",
+                )
             if not self._loaded:
                 raise QueueFull(
                     f"adapter {name!r} needs {size / 2**20:.1f} MiB, and the adapters of requests in flight leave too "

@@ -6,6 +6,7 @@ Everything textual about an answer lives here, outside the engine.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from loraserve.base.reasoning import overlap
 from loraserve.base.tokenizer import Tokenizer
 from loraserve.engine.sequence import Token
 
@@ -69,14 +70,10 @@ class TextStream:
         if at >= 0:
             text, self._held = self._held[:at], ""
             return text, True
-        keep = 0 if final else max((self._partial(s) for s in self._stop), default=0)
+        keep = 0 if final else max((overlap(self._held, s) for s in self._stop), default=0)
         certain = len(self._held) - keep
         text, self._held = self._held[:certain], self._held[certain:]
         return text, False
-
-    def _partial(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
     def _describe(self, token: Token) -> TokenLogprob:
         top = [self._one(token_id, value) for token_id, value in token.top_logprobs]

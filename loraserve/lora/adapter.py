@@ -15,8 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraserve.errors import AdapterRefused
-
 MAX_SCALING = 1e4
 """No trained adapter has lora_alpha / r beyond it; a larger one only overflows."""
 
@@ -64,10 +62,6 @@ class Adapter:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for w in self.weights.values() for t in (w.A, w.B))
 
-    @property
-    def max_rank(self) -> int:
-        return max((w.r for w in self.weights.values()), default=0)
-
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
         """The same adapter with A and B on `device` in `dtype`."""
         moved = {
@@ -76,19 +70,10 @@ class Adapter:
         return Adapter(moved, self.name)
 
 
-def find_problems(adapter: Adapter, shapes: Shapes) -> list[str]:
-    """List everything that makes `adapter` unusable on a base with `shapes`; empty means it is sound.
-
-    Checked: no targets, unknown targets, shapes of A and B, NaN or Inf, every B zero (it would do nothing).
-    """
-    sizes = {target: (tuple(w.A.shape), tuple(w.B.shape)) for target, w in adapter.weights.items()}
-    return find_size_problems(sizes, shapes) + find_value_problems(adapter)
-
-
 def find_size_problems(
     sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], shapes: Shapes | None
 ) -> list[str]:
-    """The part of `find_problems` that needs no values.
+    """What makes an adapter of these sizes unusable: no targets, unknown targets, shapes that do not fit.
 
     Args:
         sizes: {target: (shape of A, shape of B)}.
@@ -109,7 +94,7 @@ def find_size_problems(
 
 
 def find_value_problems(adapter: Adapter) -> list[str]:
-    """The part of `find_problems` that looks at the values: NaN or Inf, and every B zero."""
+    """What makes an adapter of these values unusable: NaN or Inf, an absurd scaling, every A or every B zero."""
     problems = []
     for label in ("A", "B"):
         bad = [t for t, w in adapter.weights.items() if not torch.isfinite(w.A if label == "A" else w.B).all()]
@@ -127,9 +112,3 @@ def find_value_problems(adapter: Adapter) -> list[str]:
 def list_some(names: Sequence[str], limit: int = 3) -> str:
     """Join names for a message, the first few by name and the rest by number."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def check_adapter(adapter: Adapter, shapes: Shapes) -> None:
-    """Raise AdapterRefused with every problem `find_problems` reports."""
-    if problems := find_problems(adapter, shapes):
-        raise AdapterRefused(adapter.name or "(unnamed)", problems)

@@ -9,7 +9,6 @@ layer, and every layer here is one. What changes the result and is not here is r
 Source: PEFT 0.21 `LoraConfig`, `check_target_module_exists`, `get_pattern_key`. Knows no files and no tensors.
 """
 
-import difflib
 import math
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from loraserve.errors import AdapterRefused, InvalidRequest
+from loraserve.errors import AdapterRefused, InvalidRequest, did_you_mean
 from loraserve.lora.fields import Fields
 from loraserve.lora.patterns import Pattern
 
@@ -187,8 +186,7 @@ def expand_targets(selection: str | Sequence[str], shapes: "Shapes") -> list[str
         return found
     for name in selection:
         if not any(_selects((name,), target) for target in shapes):
-            close = difflib.get_close_matches(name, _leaves(shapes), n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(_leaves(shapes))}"
+            hint = did_you_mean(name, _leaves(shapes)) or f"it has {', '.join(_leaves(shapes))}"
             raise InvalidRequest(f"this base has no layer named {name!r}; {hint}", param="target_modules")
     return [target for target in shapes if _selects(tuple(selection), target)]
 

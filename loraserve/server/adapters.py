@@ -64,9 +64,12 @@ def upload_adapter() -> tuple[Response, int]:
 @routes.delete("/v1/adapters/<path:name>")
 def remove_adapter(name: str) -> Response:
     state = current()
-    _find(state, name)
+    check_name(name)
+    if name not in (known := state.registry.names()):  # one taken out of service can be removed too
+        raise AdapterNotFound(name, known)
     state.registry.remove(name)
     state.service.unload(name)
+    state.unloaded.discard(name)
     return jsonify(id=name, object="adapter", deleted=True)
 
 

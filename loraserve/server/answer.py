@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from loraserve.base.reasoning import ReasoningSplitter
+from loraserve.base.reasoning import ReasoningSplitter, overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 Delta = dict[str, Any]
@@ -40,7 +40,7 @@ class ToolCallSplitter:
                     self._held = self._held.lstrip("\n")
                 continue
             start = self._held.find(OPEN)
-            keep = start if start >= 0 else len(self._held) - _overlap(self._held, OPEN)
+            keep = start if start >= 0 else len(self._held) - overlap(self._held, OPEN)
             if keep == 0:
                 break
             deltas.append({"content": self._held[:keep]})
@@ -114,8 +114,3 @@ def collect(deltas: Iterable[Delta]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that could be the beginning of `tag`."""
-    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)

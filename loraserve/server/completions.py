@@ -16,7 +16,7 @@ from flask import Blueprint, Response, jsonify, request
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Generation
 from loraserve.engine.text import Piece
-from loraserve.errors import AdapterNotFound, InvalidRequest, LoraserveError, NotReady
+from loraserve.errors import AdapterNotFound, InvalidRequest, LoraserveError
 from loraserve.server.forms import ChatForm, Chunk, Form, TextForm
 from loraserve.server.payloads import event, usage
 from loraserve.server.problems import describe
@@ -178,8 +178,6 @@ class Answer:
 
     def take(self, index: int, piece: Piece) -> list[Chunk]:
         """Count a piece and return what it adds to the answer."""
-        if piece.finish_reason == "abort":
-            raise NotReady("the answer was cut off: the engine stopped")
         self.completion_tokens += len(piece.token_ids)
         self.meter.tokens(len(piece.token_ids))
         return self.form.chunks(index, piece)

@@ -9,7 +9,6 @@ A file is JSON lines, or one JSON array. It is read whole and everything wrong w
 Knows no tokens: what a dialogue is as token ids is the business of `data`.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraserve.errors import DataError
+from loraserve.errors import DataError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -157,8 +156,7 @@ def _message(item: Any) -> Message:
     else:
         raise _UnusableError("a message has neither 'role' nor 'from'")
     if not isinstance(role, str) or role not in known:
-        close = difflib.get_close_matches(str(role), list(known), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
+        hint = did_you_mean(str(role), known) or f"use {', '.join(known)}"
         raise _UnusableError(f"unknown role {role!r}; {hint}")
     message = {key: value for key, value in item.items() if key not in ("role", "content", "from", "value")}
     message = {key: value for key, value in message.items() if value is not None}

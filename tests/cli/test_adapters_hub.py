@@ -100,7 +100,7 @@ def test_what_cannot_be_pulled_says_why(run: Run, hub: WritableHub, tmp_path: Pa
         "nonsense": "is not a hub id",
     }.items():
         result = run("pull", hub_id, "--adapters-dir", tmp_path / "other")
-        assert result.returncode == 1
+        assert result.returncode == (2 if hub_id == "nonsense" else 1)
         assert reason in result.stderr
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1

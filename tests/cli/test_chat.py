@@ -92,11 +92,11 @@ def test_a_seed_repeats_an_answer(cli: Cli) -> None:
         ([], 2, "nothing to answer: give a PROMPT or pipe one in"),
         ([" "], 2, "nothing to answer"),
         (["hi", "--adapter", "pirat"], 1, "no adapter named 'pirat'; did you mean 'pirate'?"),
-        (["hi", "--adapter", "pirate:nan"], 1, "scale nan of adapter 'pirate' is not a number between"),
-        (["hi", "--adapter", "../pirate"], 1, "cannot name an adapter"),
-        (["hi", "--max-tokens", "-1"], 1, "max_tokens must be at least 1"),
-        (["hi", "--temperature", "-1"], 1, "temperature must be between"),
-        (["hi " * 3000], 1, "do not fit the context"),
+        (["hi", "--adapter", "pirate:nan"], 2, "scale nan of adapter 'pirate' is not a number between"),
+        (["hi", "--adapter", "../pirate"], 2, "cannot name an adapter"),
+        (["hi", "--max-tokens", "-1"], 2, "max_tokens must be at least 1"),
+        (["hi", "--temperature", "-1"], 2, "temperature must be between"),
+        (["hi " * 3000], 2, "do not fit the context"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(cli: Cli, line: list[str], code: int, says: str) -> None:
@@ -177,7 +177,7 @@ def test_a_wrong_command_or_adapter_changes_nothing(service: Service, capsys: py
     )
     assert conversation.spec == parse_spec("poet")
     assert "error: no adapter named 'piratte'; did you mean 'pirate'?" in err
-    assert "error: no command named /adaptr; did you mean /adapter or /adapters?" in err
+    assert "error: no command named /adaptr; did you mean '/adapter' or '/adapters'" in err
     assert "error: no command named /zzz; /help lists the commands" in err
     assert "error: scale nan" in err
     assert out.splitlines()[-2] == "poet answers"

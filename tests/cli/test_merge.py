@@ -71,15 +71,15 @@ def test_a_merge_can_be_merged_into_again(cli: Cli, here: Path) -> None:
     ("line", "code", "says"),
     [
         (["pirat", "--out", "x"], 1, "no adapter named 'pirat'; did you mean 'pirate'?"),
-        (["base", "--out", "x"], 1, "would change nothing"),
-        (["pirate:lots", "--out", "x"], 1, "must be a number"),
+        (["base", "--out", "x"], 2, "would change nothing"),
+        (["pirate:lots", "--out", "x"], 2, "must be a number"),
         (["pirate"], 2, "missing option '--out'"),
         (["pirate", "--out", "x.pth", "--format", "hf"], 2, "--format hf needs a directory's name"),
         (["pirate", "--out", "x", "--format", "minimind"], 2, "needs a file name that ends in .pth"),
         (["pirate", "--out", "x", "--format", "gguf"], 2, "is not one of 'hf', 'minimind'"),
         (["head", "--out", "x.pth"], 1, "MiniMind ties lm_head to the embeddings"),
         (["pirate", "--out", "x", "--base", "nowhere"], 1, "no model named 'nowhere'"),
-        (["pirate", "--out", "x", "--device", "cuda:99"], 1, "use --device cpu or auto"),
+        (["pirate", "--out", "x", "--device", "cuda:99"], 2, "use --device cpu or auto"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(

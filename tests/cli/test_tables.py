@@ -37,3 +37,10 @@ def test_numbers_read_as_people_write_them(number: int, parameters: str, in_byte
     assert count(number) == parameters
     assert size(number) == in_bytes
     assert count(1_543_714_304) == "1.54B"
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table(("NAME",), [("a\x1b[2Jb\r",)])
+    pairs([("description", "诗人\x1b]0;title\x07\nline")])
+    shown = click.unstyle(capsys.readouterr().out)
+    assert shown == "NAME\na�[2Jb�\n  description  诗人�]0;title��line\n"

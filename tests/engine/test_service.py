@@ -138,6 +138,13 @@ def test_adapters_of_requests_in_flight_are_counted(base, registry) -> None:
         service.stop()
 
 
+def test_blend_larger_than_the_memory_for_adapters_is_refused_for_good(base, registry) -> None:
+    service = Service(base, registry, adapter_memory=registry.load("b").num_bytes)
+    with pytest.raises(InvalidRequest, match="blend fewer, or raise --adapter-memory"):
+        service.adapters.resolve(parse_spec("b+a"))
+    assert service.adapters.resolve(parse_spec("a"))[0][0].name == "a", "and nothing of it stays behind"
+
+
 def test_one_call_may_name_more_adapters_than_fit_at_once(tiny_base_dir, registry) -> None:
     adapters, sampling = ["a", "b", "c", "b", "a", "c"], SamplingParams(max_tokens=20, temperature=0.0)
     limits = {"dtype": "float32", "device": "cpu", "max_model_len": 192}

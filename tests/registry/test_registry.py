@@ -169,9 +169,8 @@ def test_unknown_name_comes_with_close_matches(registry, publish):
         registry.load("pirate")
     publish("pirate", 1)
     publish("poet", 2)
-    with pytest.raises(AdapterNotFound, match="'pirat'; did you mean 'pirate'") as missing:
+    with pytest.raises(AdapterNotFound, match="'pirat'; did you mean 'pirate'"):
         registry.load("pirat")
-    assert missing.value.close_matches == ["pirate"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "base", "x" * 65, "a\0b", "x.", "..", "-x", 3, None])

@@ -168,6 +168,14 @@ def test_delete_removes_an_adapter(client: FlaskClient, service: Service) -> Non
     expect(client.delete("/v1/adapters/poet"), 404, "adapter_not_found", None)
 
 
+def test_delete_removes_an_unloaded_adapter(client: FlaskClient, service: Service, second: Path) -> None:
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}).status_code == 200
+    assert client.delete("/v1/adapters/poet").status_code == 200
+    assert "poet" not in service.registry.names()
+    assert upload(client, second, "poet").status_code == 201, "and its name is free again"
+    assert says(client, "poet") == text_of("poet")
+
+
 @pytest.mark.parametrize("name", ["..", "../adapters0", "%2e%2e", "%2e%2e%2f%2e%2e", "pirate/../poet", "a%00b"])
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_a_name_that_climbs_is_no_adapter(client: FlaskClient, service: Service, method: str, name: str) -> None:

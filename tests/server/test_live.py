@@ -106,7 +106,7 @@ class TestOpenAIClient:
 
 @pytest.fixture
 def crowded(make_service: Callable[..., Service]) -> Iterator[tuple[Live, Service]]:
-    service = make_service(max_num_seqs=2, max_queue=4)
+    service = make_service(max_num_seqs=2, max_queue=32)
     live = Live(create_app(service))
     yield live, service
     live.close()
@@ -119,6 +119,7 @@ def test_a_hundred_clients_at_once_get_an_answer_or_429(crowded: tuple[Live, Ser
         results = list(pool.map(lambda _: post(f"{live.url}/v1/chat/completions", body), range(100)))
     statuses = [status for status, _, _ in results]
     assert set(statuses) == {200, 429}, "some are answered and some sent away"
+    assert statuses.count(200) >= 2 + 32, "nobody is sent away while there is room"
     for status, answer, headers in results:
         if status == 200:
             assert answer["usage"]["completion_tokens"] == 200
@@ -148,7 +149,7 @@ def test_a_client_that_disconnects_frees_its_slot(crowded: tuple[Live, Service],
     assert eventually(lambda: in_flight() == 5, 10), service.stats()
     for client in clients:
         client.close()
-    assert eventually(lambda: in_flight() == 0, 10), "two were running and three were queued"
+    assert eventually(lambda: in_flight() == 0, 1), "within a second: two were running and three were queued"
     status, answer, _ = post(f"{live.url}/v1/chat/completions", {"messages": USER, "adapter": "pirate"})
     assert status == 200 and answer["choices"][0]["message"]["content"] == text_of("pirate")
 

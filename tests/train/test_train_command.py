@@ -111,7 +111,7 @@ def test_targets_are_names_or_a_regex(arguments, tmp_path, targets, expected):
 
 def test_mistakes_are_one_line_on_stderr(arguments, tmp_path):
     for extra, code, text in (
-        (("--targets", "q_prj"), 1, "did you mean q_proj"),
+        (("--targets", "q_prj"), 1, "did you mean 'q_proj'"),
         (("--data", tmp_path / "none.jsonl"), 1, "No such file"),
         (("--name", "../up"), 1, "cannot name an adapter"),
         (("--learning-rate", "0"), 2, "is not in the range x>0"),
