@@ -14,6 +14,8 @@ TEXTS = Path(__file__).parent / "texts"
 DATA = Path(__file__).parents[1] / "data"
 STYLES = {"pirate": "Talk like a pirate.", "poet": "请以古诗作答。"}
 """The base learns these styles on request, so that their words are not foreign to it; adapters make them the default."""
+STYLED = 350
+"""So many dialogues of each style, the first of its file; the rest only an adapter sees."""
 Message = dict[str, str]
 
 WHAT_IS = {
@@ -113,7 +115,7 @@ def read(folder: Path = TEXTS) -> Corpus:
                 questions = [text for tag, text in rows if tag == "Q"]
                 corpus.intents.append((language, questions, [text for tag, text in rows if tag == "A"]))
     for name, prompt in STYLES.items():
-        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
+        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()[:STYLED]:
             corpus.styled.append([{"role": "system", "content": prompt}, *json.loads(line)["conversations"]])
     return corpus
 

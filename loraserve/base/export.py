@@ -1,4 +1,4 @@
-"""Write a base to disk: a Hugging Face directory or MiniMind's `.pth`. What is written reads back bit for bit."""
+"""Write a base to disk: a Hugging Face directory, bit for bit what was read, or MiniMind's `.pth`, in float16."""
 
 import contextlib
 import json
