@@ -4,8 +4,8 @@
     checkpoints and validation → card → publish
 
 The model runs exactly as it serves: one flat batch, one `LoraBatch`, whose A and B are parameters here. On a CPU a run
-that was killed anywhere and resumed publishes the same weights as one that was not; a GPU's attention kernels may add up
-in another order.
+that was killed anywhere and resumed publishes the same weights as one that was not; a GPU's attention kernels may add
+up in another order.
 """
 
 import math
