@@ -17,6 +17,9 @@ STYLES = {"pirate": "Talk like a pirate.", "poet": "请以古诗作答。"}
 STYLED = 350
 """So many dialogues of each style, the first of its file; the rest only an adapter sees."""
 Message = dict[str, str]
+VISITS = {"smalltalk": 5, "self": 5, "advice": 4, "request": 4}
+"""Of an intent in one pass, by the kind of its file; 2 for the others. There are endless ways to say that one is tired, and
+one word in most questions for an explanation that gives it away."""
 
 WHAT_IS = {
     "en": [
@@ -71,6 +74,8 @@ class Corpus:
 
     intents: list[tuple[str, list[str], list[str]]] = field(default_factory=list)
     """(language, questions, answers)"""
+    visits: list[int] = field(default_factory=list)
+    """How often a pass asks for each intent."""
     dialogues: list[list[Message]] = field(default_factory=list)
     lexicon: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(language, word, class, sentence)"""
@@ -114,14 +119,15 @@ def read(folder: Path = TEXTS) -> Corpus:
             elif rows:
                 questions = [text for tag, text in rows if tag == "Q"]
                 corpus.intents.append((language, questions, [text for tag, text in rows if tag == "A"]))
+                corpus.visits.append(VISITS.get(path.stem.split("-")[1], 2))
     for name, prompt in STYLES.items():
         for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()[:STYLED]:
             corpus.styled.append([{"role": "system", "content": prompt}, *json.loads(line)["conversations"]])
     return corpus
 
 
-def _vary(question: str, language: str, rng: random.Random) -> str:
-    """A phrasing as it is, or sloppier, politer, with words missing or turned around.
+def _vary(question: str, language: str, rng: random.Random, broken: bool) -> str:
+    """A phrasing as it is, or sloppier, politer; if `broken` also with words missing or turned around.
 
     No single word and no fixed order may decide the answer, or the model learns questions by heart and not what they mean.
     """
@@ -131,8 +137,8 @@ def _vary(question: str, language: str, rng: random.Random) -> str:
         question = question.lower()
     if rng.random() < 0.06:
         question = rng.choice(OPENERS[language]) + question
-    if rng.random() < 0.7:
-        units = question.split(" ") if language == "en" else list(question)
+    units = question.split(" ") if language == "en" else list(question)
+    if broken and len(units) > 3 and rng.random() < 0.7:  # of a short one too little would be left
         units = [unit for unit in units if rng.random() > 0.3] or units
         if rng.random() < 0.3 and len(units) > 3:
             cut = rng.randrange(1, len(units))
@@ -141,12 +147,14 @@ def _vary(question: str, language: str, rng: random.Random) -> str:
     return question
 
 
-def exchanges(corpus: Corpus, rng: random.Random) -> list[Exchange]:
-    """Everything once (an intent three times: it has far more variety than a line of the lexicon), in random order."""
+def exchanges(corpus: Corpus, rng: random.Random, broken: bool = True) -> list[Exchange]:
+    """Every intent as often as `visits` says and every line of the lexicon once, in random order."""
     found: list[Exchange] = []
     for meaning, (language, questions, answers) in enumerate(corpus.intents):
-        for _ in range(3):  # the first answer only: several for one meaning blur which meaning is meant
-            found.append(Exchange(language, _vary(rng.choice(questions), language, rng), answers[0], meaning))
+        for _ in range(
+            corpus.visits[meaning]
+        ):  # the first answer only: several for one meaning blur which meaning is meant
+            found.append(Exchange(language, _vary(rng.choice(questions), language, rng, broken), answers[0], meaning))
     for meaning, (language, word, kind, sentence) in enumerate(corpus.lexicon, len(corpus.intents)):
         if kind in ("food", "drink", "animal", "sport", "hobby", "art", "music") and rng.random() < 0.3:
             liking = LIKING[language].get(kind, LIKING[language][""])
@@ -154,15 +162,15 @@ def exchanges(corpus: Corpus, rng: random.Random) -> list[Exchange]:
             question, answer = rng.choice(DO_YOU_LIKE[language]), f"{liking}{gap}{sentence}"
         else:
             question, answer = rng.choice(WHAT_IS[language]), sentence
-        found.append(Exchange(language, _vary(question.format(word=word), language, rng), answer, meaning))
+        found.append(Exchange(language, _vary(question.format(word=word), language, rng, broken), answer, meaning))
     rng.shuffle(found)
     return found
 
 
-def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
+def one_pass(corpus: Corpus, rng: random.Random, broken: bool = True) -> Iterator[list[Message]]:
     """Yield dialogues of one to three exchanges that together visit everything once, in random order."""
-    units: list[Exchange | list[Message]] = [*exchanges(corpus, rng), *corpus.dialogues]
-    units += [dialogue for dialogue in corpus.styled if rng.random() < 0.4]
+    units: list[Exchange | list[Message]] = [*exchanges(corpus, rng, broken), *corpus.dialogues]
+    units += [dialogue for dialogue in corpus.styled if rng.random() < 0.25]
     rng.shuffle(units)
     pending: dict[str, list[Message]] = {"en": [], "zh": []}
     for unit in units:
@@ -171,15 +179,15 @@ def one_pass(corpus: Corpus, rng: random.Random) -> Iterator[list[Message]]:
             continue
         messages = pending[unit.language]
         messages += unit.messages()
-        if rng.random() < 0.8 or len(messages) >= 6:
+        if rng.random() < 0.9 or len(messages) >= 6:
             system = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.05 else []
             yield system + messages
             pending[unit.language] = []
     yield from filter(None, pending.values())
 
 
-def stream(corpus: Corpus, seed: int) -> Iterator[list[Message]]:
-    """Yield dialogues without end."""
+def stream(corpus: Corpus, seed: int, broken: bool) -> Iterator[list[Message]]:
+    """Yield dialogues without end; if `broken`, with words missing from most questions."""
     rng = random.Random(seed)
     while True:
-        yield from one_pass(corpus, rng)
+        yield from one_pass(corpus, rng, broken)

@@ -7,10 +7,8 @@ alone what words mean, so the embeddings come first: summed over a question they
 words are missing. That takes a minute or two and lets the model answer phrasings it has not met. Then the model is trained
 on packed dialogues without padding, through the same forward pass that serves: hidden matrices with Muon (momentum
 orthogonalised, K. Jordan 2024), embeddings and norms with AdamW, the learning rate falling linearly over the last 60% of
-the steps. How workers take turns changes sums, so a rerun gives another base of the same kind.
-
-The base that is shipped at present is older than this recipe and has seen less text; a base made by this recipe has not
-been judged yet.
+the steps. Words are missing from most questions until the end is near; the last questions are whole. How workers take turns
+changes sums, so a rerun gives another base of the same kind.
 """
 
 import argparse
@@ -20,6 +18,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import corpus as texts
@@ -38,8 +37,14 @@ WEIGHTS = {"assistant": 1.0, "user": 0.2, "system": 0.0}
 """Of a message's tokens in the loss."""
 FIRST_TOKENS = 6
 """So many tokens of an answer decide which one it is; what follows is soon known by heart."""
-CUT_SHORT = 0.6
+CUT_SHORT = 0.75
 """How often an answer ends after them, which leaves more time for more questions."""
+BROKEN_UNTIL = 0.85
+"""Of the steps; from then on questions are whole and split into tokens as they will be when served."""
+POOL = 8
+"""So many batches are drawn at once and sorted by length: sequences of a batch are padded to its longest in attention."""
+ROLES = ["system\n", "user\n", "assistant\n"]
+"""One token each, for every message begins with one."""
 BPE_DROPOUT = 0.1
 """Of merges in half of the questions, so that a word and its parts are known to be related."""
 TEMPLATE = (
@@ -76,7 +81,7 @@ def train_tokenizer(corpus: texts.Corpus, folder: Path) -> sentencepiece.Sentenc
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCAB, character_coverage=1.0,
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, num_threads=2,
+        remove_extra_whitespaces=False, user_defined_symbols=["\n", *ROLES], minloglevel=2, num_threads=2,
         pad_id=0, pad_piece="<|endoftext|>", bos_id=1, bos_piece="<|im_start|>", eos_id=2, eos_piece="<|im_end|>", unk_id=3,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
@@ -99,12 +104,15 @@ def encode(dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePiece
     return ids, weights
 
 
-def vary(dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor, rng: random.Random) -> Sample:
-    """Encode a dialogue for training: a lone exchange may be split into other tokens, and cut short."""
+def vary(
+    dialogue: list[texts.Message], tokenizer: sentencepiece.SentencePieceProcessor, rng: random.Random, broken: bool
+) -> Sample:
+    """Encode a dialogue for training: a lone exchange may be cut short and, if `broken`, be split into other tokens."""
     if len(dialogue) > 2:
         return encode(dialogue, tokenizer)
     head = [1, *tokenizer.encode("user\n")]
-    question = [*encode_question(dialogue[0]["content"], tokenizer, rng), 2]
+    asked = dialogue[0]["content"]
+    question = [*(encode_question(asked, tokenizer, rng) if broken else tokenizer.encode(asked)), 2]
     between = [*tokenizer.encode("\n"), 1, *tokenizer.encode("assistant\n")]
     answer = [*tokenizer.encode(dialogue[1]["content"]), 2]
     if rng.random() < CUT_SHORT:
@@ -143,7 +151,7 @@ def train_embeddings(
             right += int((logits.argmax(1) == meanings).sum())
         print(f"embeddings {done + 1}/{passes}: {right / len(asked):.0%} of the questions understood", flush=True)
     weight = bag.weight.detach()
-    weight[:5] *= 0.2  # markers: no question needs them
+    weight[:8] *= 0.2  # markers: no question needs them
     return weight * (0.04 / weight.std())
 
 
@@ -240,16 +248,16 @@ def work(rank: int, args: argparse.Namespace) -> None:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
     model.model.embed_tokens.weight.data.copy_(args.embeddings)
     team = Team(rank, args.workers, model, args.lr)
-    dialogues = texts.stream(corpus, seed=1 + rank)
+    size = args.tokens_per_step // args.workers
+    broken = batches(texts.stream(corpus, seed=1 + rank, broken=True), tokenizer, rng, size, broken=True)
+    whole = batches(texts.stream(corpus, seed=11 + rank, broken=False), tokenizer, rng, size, broken=False)
     started = shown = time.monotonic()
     steps, average, seen = args.tokens // args.tokens_per_step, 0.0, 0
     for step in range(steps):
-        batch: list[Sample] = []
-        while sum(len(ids) for ids, _ in batch) < args.tokens_per_step // args.workers:
-            batch.append(vary(next(dialogues), tokenizer, rng))
+        done = step / steps
+        batch = next(broken if done < BROKEN_UNTIL else whole)
         loss = loss_of(model, batch)
         loss.backward()
-        done = step / steps
         team.step(scale=min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.6))
         seen += sum(len(ids) for ids, _ in batch) * args.workers
         average = loss.item() if step == 0 else 0.97 * average + 0.03 * loss.item()
@@ -265,6 +273,30 @@ def work(rank: int, args: argparse.Namespace) -> None:
         print(f"{step} steps, {seen} tokens, {(time.monotonic() - started) / 60:.1f} minutes, loss {average:.4f}")
     if args.workers > 1:
         distributed.destroy_process_group()
+
+
+def batches(
+    dialogues: Iterator[list[texts.Message]],
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    rng: random.Random,
+    size: int,
+    broken: bool,
+) -> Iterator[list[Sample]]:
+    """Yield batches of at least `size` tokens, each of samples about equally long."""
+    while True:
+        pool: list[Sample] = []
+        while sum(len(ids) for ids, _ in pool) < POOL * size:
+            pool.append(vary(next(dialogues), tokenizer, rng, broken))
+        pool.sort(key=lambda sample: len(sample[0]))
+        cut: list[list[Sample]] = [[]]
+        for sample in pool:
+            if sum(len(ids) for ids, _ in cut[-1]) >= size:
+                cut.append([])
+            cut[-1].append(sample)
+        if len(cut) > POOL:  # what is left over
+            cut[-2] += cut.pop()
+        rng.shuffle(cut)
+        yield from cut
 
 
 def loss_of(model: Model, batch: list[Sample]) -> torch.Tensor:
@@ -288,7 +320,7 @@ def show(model: Model, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=9_000_000, help="to train on, padding never counts")
+    parser.add_argument("--tokens", type=int, default=11_000_000, help="to train on, padding never counts")
     parser.add_argument("--tokens-per-step", type=int, default=3072)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW's is a fifth of it")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each step, one core each")
