@@ -19,7 +19,13 @@ import corpus as texts
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "eval"
-SETS = {"base": ("base", 60), "identity": ("lumi", 20), "pirate": ("pirate", 20), "poet": ("poet", 20)}
+SETS = {
+    "base": ("base", 60),
+    "rare": ("base", 60),  # whose author was told to avoid the usual wording of a question
+    "identity": ("lumi", 20),
+    "pirate": ("pirate", 20),
+    "poet": ("poet", 20),
+}
 """set -> (adapter, number of prompts)"""
 
 
