@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TEXTS = Path(__file__).parent / "texts"
-DATA = Path(__file__).parents[1] / "data"
+STYLED_DATA = Path(__file__).parents[1] / "data" / "handwritten"
 STYLES = {"pirate": "Talk like a pirate.", "poet": "请以古诗作答。"}
 """The base learns these styles on request, so that their words are not foreign to it; adapters make them the default."""
 STYLED = 350
-"""So many dialogues of each style, the first of its file; the rest only an adapter sees."""
+"""So many dialogues of each style, the first of its file."""
 Message = dict[str, str]
 VISITS = {"smalltalk": 5, "self": 5, "advice": 4, "request": 4}
-"""Of an intent in one pass, by the kind of its file; 2 for the others. There are endless ways to say that one is tired, and
+"""Of an intent in one pass, by its kind; 2 for the others. There are endless ways to say that one is tired, and
 one word in most questions for an explanation that gives it away."""
 
 WHAT_IS = {
@@ -74,13 +74,13 @@ class Corpus:
 
     intents: list[tuple[str, list[str], list[str]]] = field(default_factory=list)
     """(language, questions, answers)"""
-    visits: list[int] = field(default_factory=list)
-    """How often a pass asks for each intent."""
+    kinds: list[str] = field(default_factory=list)
+    """Of each intent: smalltalk, self, advice, ..., by the name of its file."""
     dialogues: list[list[Message]] = field(default_factory=list)
     lexicon: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(language, word, class, sentence)"""
     styled: list[list[Message]] = field(default_factory=list)
-    """Dialogues of the style adapters behind a system prompt that asks for the style."""
+    """Dialogues in a style behind a system prompt that asks for the style."""
 
     @property
     def num_meanings(self) -> int:
@@ -101,7 +101,7 @@ class Exchange:
 
 
 def read(folder: Path = TEXTS) -> Corpus:
-    """Read every text file in `folder`, and the data of the style adapters."""
+    """Read every text file in `folder`, and the dialogues in a style."""
     corpus = Corpus()
     for path in sorted(folder.glob("*-*.txt")):
         language = path.name[:2]
@@ -119,9 +119,9 @@ def read(folder: Path = TEXTS) -> Corpus:
             elif rows:
                 questions = [text for tag, text in rows if tag == "Q"]
                 corpus.intents.append((language, questions, [text for tag, text in rows if tag == "A"]))
-                corpus.visits.append(VISITS.get(path.stem.split("-")[1], 2))
+                corpus.kinds.append(path.stem.split("-")[1])
     for name, prompt in STYLES.items():
-        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()[:STYLED]:
+        for line in (STYLED_DATA / f"{name}.jsonl").read_text("utf-8").splitlines()[:STYLED]:
             corpus.styled.append([{"role": "system", "content": prompt}, *json.loads(line)["conversations"]])
     return corpus
 
@@ -148,11 +148,11 @@ def _vary(question: str, language: str, rng: random.Random, broken: bool) -> str
 
 
 def exchanges(corpus: Corpus, rng: random.Random, broken: bool = True) -> list[Exchange]:
-    """Every intent as often as `visits` says and every line of the lexicon once, in random order."""
+    """Every intent as often as `VISITS` says and every line of the lexicon once, in random order."""
     found: list[Exchange] = []
     for meaning, (language, questions, answers) in enumerate(corpus.intents):
         for _ in range(
-            corpus.visits[meaning]
+            VISITS.get(corpus.kinds[meaning], 2)
         ):  # the first answer only: several for one meaning blur which meaning is meant
             found.append(Exchange(language, _vary(rng.choice(questions), language, rng, broken), answers[0], meaning))
     for meaning, (language, word, kind, sentence) in enumerate(corpus.lexicon, len(corpus.intents)):

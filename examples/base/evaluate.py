@@ -45,7 +45,7 @@ def training_questions() -> set[str]:
     for language, word, _, _ in corpus.lexicon:
         templates = texts.WHAT_IS[language] + texts.DO_YOU_LIKE[language]
         seen |= {template.format(word=word) for template in templates}
-    for path in (HERE.parent / "data").glob("*.jsonl"):
+    for path in (HERE.parent / "data").rglob("*.jsonl"):
         seen |= {message["content"] for row in read_jsonl(path) for message in row["conversations"]}
     return {_plain(text) for text in seen}
 
