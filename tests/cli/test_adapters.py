@@ -59,7 +59,7 @@ def test_unknown_name_is_one_line_with_a_close_match(cli: Cli, own: Path) -> Non
         result = cli("adapters", *command, "pirat")
         assert result.exit_code == 1
         assert result.stderr.startswith("error: no adapter named 'pirat'; did you mean 'pirate'?")
-    assert cli("adapters", "rename", "pirate", "../x").exit_code == 1
+    assert cli("adapters", "rename", "pirate", "../x").exit_code == 2
 
 
 def test_import_versions_rollback_and_removal(cli: Cli, own: Path) -> None:
@@ -114,7 +114,7 @@ def test_minimind_export_and_import(cli: Cli, own: Path, base: Base, random_adap
 def test_blend_is_published(cli: Cli, own: Path) -> None:
     result = cli("adapters", "blend", "pirate:0.5+poet:0.5", "captain")
     assert "published as version 1: rank 5" in result.stdout
-    assert cli("adapters", "blend", "base", "nothing").exit_code == 1
+    assert cli("adapters", "blend", "base", "nothing").exit_code == 2
     assert json.loads(cli("adapters", "show", "captain", "--json").stdout)["recipe"] == {"blend": "pirate:0.5+poet:0.5"}
 
 

@@ -70,7 +70,7 @@ def test_the_verbatim_line_names_what_is_missing_and_never_falls_back_to_the_bun
     line = LINE.split()
     if importlib.util.find_spec("wandb") is None:
         result = run(*line)
-        assert result.exit_code == 1 and result.stderr.strip().endswith("pip install 'loraserve[wandb]'")
+        assert result.exit_code == 2 and result.stderr.strip().endswith("pip install 'loraserve[wandb]'")
     line.remove("--use_wandb")
     result = run(*line)
     assert result.exit_code == 1
@@ -85,7 +85,7 @@ def test_the_verbatim_line_names_what_is_missing_and_never_falls_back_to_the_bun
 def test_layers_that_are_not_those_of_the_weights_are_refused(minimind_folder):
     line = "--data_path lora_identity.jsonl --from_weight full_sft --hidden_size 64 --num_hidden_layers 20 --device cpu"
     result = run(*line.split())
-    assert result.exit_code == 1 and "has 3 layers, not the 20 of --num-hidden-layers" in result.stderr
+    assert result.exit_code == 2 and "has 3 layers, not the 20 of --num-hidden-layers" in result.stderr
 
 
 def test_two_bases_on_one_line_are_a_usage_error(arguments):
@@ -111,11 +111,11 @@ def test_targets_are_names_or_a_regex(arguments, tmp_path, targets, expected):
 
 def test_mistakes_are_one_line_on_stderr(arguments, tmp_path):
     for extra, code, text in (
-        (("--targets", "q_prj"), 1, "did you mean 'q_proj'"),
+        (("--targets", "q_prj"), 2, "did you mean 'q_proj'"),
         (("--data", tmp_path / "none.jsonl"), 1, "No such file"),
-        (("--name", "../up"), 1, "cannot name an adapter"),
+        (("--name", "../up"), 2, "cannot name an adapter"),
         (("--learning-rate", "0"), 2, "is not in the range x>0"),
-        (("--learning-rate", "inf"), 1, "learning_rate must be above 0"),
+        (("--learning-rate", "inf"), 2, "learning_rate must be above 0"),
         (("--epochs", "many"), 2, "not a valid integer"),
     ):
         result = run(*arguments, *extra)
