@@ -9,11 +9,12 @@ set -euo pipefail
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 scratch="$(mktemp -d)"
 port="${PORT:-8765}"
+server=""
 url="http://127.0.0.1:$port"
 body='{"messages": [{"role": "user", "content": "Who are you?"}], "adapter": "lumi", "temperature": 0}'
 
 stop() {
-  kill -- -"$server" 2>/dev/null || true
+  [ -z "$server" ] || kill -- -"$server" 2>/dev/null || true
   rm -rf "$scratch"
 }
 trap stop EXIT

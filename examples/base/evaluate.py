@@ -85,10 +85,17 @@ def answer() -> None:
 def report() -> None:
     counts = collections.defaultdict(collections.Counter)
     for row in read_jsonl(FOLDER / "verdicts.jsonl"):
-        counts[row["set"], row["adapter"]][bool(row["good"])] += 1
+        count = counts[row["set"], row["adapter"]]
+        count["asked"] += 1
+        count["good"] += row["good"]
+        for also in ("on_topic", "readable"):
+            if also in row:
+                count[also] += row[also]
+                count[f"good and {also}"] += row["good"] and row[also]
     for (name, adapter), count in counts.items():
-        total = count.total()
-        print(f"{name:9} asked of {adapter:7} {count[True]:3} of {total} good ({count[True] / total:.0%})")
+        total = count.pop("asked")
+        found = ", ".join(f"{number} {what}" for what, number in count.items())
+        print(f"{name:9} asked of {adapter:7} {total}: {found}")
 
 
 if __name__ == "__main__":
