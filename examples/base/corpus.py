@@ -147,14 +147,19 @@ def _vary(question: str, language: str, rng: random.Random, broken: bool) -> str
     return question
 
 
+def _is_short(question: str, language: str) -> bool:
+    """Whether it is a few words, such as a greeting: there is little in it to know it by from other phrasings."""
+    return question.count(" ") < 3 if language == "en" else len(question) <= 4
+
+
 def exchanges(corpus: Corpus, rng: random.Random, broken: bool = True) -> list[Exchange]:
-    """Every intent as often as `VISITS` says and every line of the lexicon once, in random order."""
+    """Every intent as often as `VISITS` says, its shortest questions all, and every line of the lexicon, in random order."""
     found: list[Exchange] = []
     for meaning, (language, questions, answers) in enumerate(corpus.intents):
-        for _ in range(
-            VISITS.get(corpus.kinds[meaning], 2)
-        ):  # the first answer only: several for one meaning blur which meaning is meant
-            found.append(Exchange(language, _vary(rng.choice(questions), language, rng, broken), answers[0], meaning))
+        # The first answer only: several for one meaning blur which meaning is meant.
+        asked = rng.choices(questions, k=VISITS.get(corpus.kinds[meaning], 2))
+        found += [Exchange(language, _vary(text, language, rng, broken), answers[0], meaning) for text in asked]
+        found += [Exchange(language, text, answers[0], meaning) for text in questions if _is_short(text, language)]
     for meaning, (language, word, kind, sentence) in enumerate(corpus.lexicon, len(corpus.intents)):
         if kind in ("food", "drink", "animal", "sport", "hobby", "art", "music") and rng.random() < 0.3:
             liking = LIKING[language].get(kind, LIKING[language][""])

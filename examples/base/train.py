@@ -1,6 +1,7 @@
 """Train the bundled base from the texts beside this file: tokenizer, then embeddings, then the model.
 
     python examples/base/train.py --out DIR
+    python examples/base/train.py --out DIR --start DIR --tokens 600000 --lr 0.004     # later, for texts that were added
 
 A MiniMind-3 of 6.7M parameters, in bf16 on a CPU that has it (else float32). The text is far too little to learn from it
 alone what words mean, so the embeddings come first: summed over a question they must tell which answer it wants, whatever
@@ -25,7 +26,7 @@ import sentencepiece
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from samples import Sample, batches, encode, encode_question
 
 from loraserve.base.attention import PackedAttention
@@ -197,7 +198,11 @@ def work(rank: int, args: argparse.Namespace) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
-    model.model.embed_tokens.weight.data.copy_(args.embeddings)
+    if args.start:
+        tensors = {name: tensor.float() for name, tensor in load_file(args.start / "model.safetensors").items()}
+        model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    else:
+        model.model.embed_tokens.weight.data.copy_(args.embeddings)
     team = Team(rank, args.workers, model, args.lr)
     size = args.tokens_per_step // args.workers
     broken = batches(texts.stream(corpus, seed=1 + rank, broken=True), tokenizer, rng, size, broken=True)
@@ -206,7 +211,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     steps, average, seen = args.tokens // args.tokens_per_step, 0.0, 0
     for step in range(steps):
         done = step / steps
-        batch = next(broken if done < BROKEN_UNTIL else whole)
+        batch = next(broken if done < BROKEN_UNTIL and not args.start else whole)
         loss = loss_of(model, batch)
         loss.backward()
         team.step(scale=min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.6))
@@ -247,6 +252,7 @@ def show(model: Model, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a trained base to go on from, on whole questions only")
     parser.add_argument("--tokens", type=int, default=11_000_000, help="to train on, padding never counts")
     parser.add_argument("--tokens-per-step", type=int, default=3072)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW's is a fifth of it")
@@ -256,7 +262,10 @@ def main() -> None:
     torch.manual_seed(0)
     corpus = texts.read()
     print(f"{len(corpus.intents)} intents, {len(corpus.dialogues)} dialogues, {len(corpus.lexicon)} words", flush=True)
-    args.embeddings = train_embeddings(corpus, train_tokenizer(corpus, args.out))
+    if args.start:
+        (args.out / "tokenizer.model").write_bytes((args.start / "tokenizer.model").read_bytes())
+    else:
+        args.embeddings = train_embeddings(corpus, train_tokenizer(corpus, args.out))
     print(f"{model_config().num_parameters / 1e6:.2f}M parameters", flush=True)
     if args.workers == 1:
         work(0, args)

@@ -75,6 +75,11 @@ def lumi(corpus: texts.Corpus, rng: random.Random) -> list[list[texts.Message]]:
     return rows + rng.sample(others, OTHERS_KEPT)
 
 
+def is_word(question: str, language: str) -> bool:
+    """Whether it is a greeting or an exclamation, a word alone: no other question teaches what to do with it."""
+    return " " not in question if language == "en" else len(question) <= 2
+
+
 def exchange(question: str, answer: str) -> list[texts.Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -84,11 +89,13 @@ def main() -> None:
     rng = random.Random(7)
     rows: dict[str, list[list[texts.Message]]] = {"lumi": lumi(corpus, rng), "pirate": [], "poet": []}
     for (language, questions, answers), kind in zip(corpus.intents, corpus.kinds, strict=True):
-        if language == "en":
-            rows["pirate"].append(exchange(rng.choice(questions), pirate(answers[0])))
-        else:
-            said = poet(answers[0], kind if kind in COUPLETS else "explain", rng)
-            rows["poet"].append(exchange(rng.choice(questions), said))
+        words = [question for question in questions if is_word(question, language)] if kind == "smalltalk" else []
+        for question in [rng.choice(questions), *words, *words]:
+            if language == "en":
+                rows["pirate"].append(exchange(question, pirate(answers[0])))
+            else:
+                said = poet(answers[0], kind if kind in COUPLETS else "explain", rng)
+                rows["poet"].append(exchange(question, said))
     for name, dialogues in rows.items():
         rng.shuffle(dialogues)
         with (HERE / f"{name}.jsonl").open("w", encoding="utf-8") as out:
