@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraserve.base.config import ModelConfig
+from loraserve.base.linear import Joint, Linear
 from loraserve.base.rope import Rope, rotate
 from loraserve.lora.batch import LoraBatch
-
-PACKED_ROWS = 16
-"""The number of rows the packed layout is best for."""
 
 
 class Attention(Protocol):
@@ -48,27 +46,6 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) if self.in_float32 else self.weight * normed.to(x.dtype)
 
 
-class Linear(nn.Module):
-    """A frozen linear layer without bias that knows its own path, by which adapters target it."""
-
-    def __init__(self, target: str, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.target = target
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self._packed: Tensor | None = None
-
-    def pack(self) -> None:
-        """Reorder the weight once for oneDNN, for inference on a CPU."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_ROWS)
-
-    def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        if self._packed is not None and not torch.is_grad_enabled():
-            y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, None, "none", [], "")
-        else:
-            y = F.linear(x, self.weight)
-        return y if lora is None else lora.apply(self.target, x, y)
-
-
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,15 +59,14 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(dim, config.rms_norm_eps, config.norm_in_float32)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps, config.norm_in_float32)
         self.qk_norm = config.qk_norm
+        self.qkv, self.out = Joint(self.q_proj, self.k_proj, self.v_proj), Joint(self.o_proj)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
-        q = self.q_proj(x, lora).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
-        k = self.k_proj(x, lora).unflatten(-1, (-1, self.head_dim))  # (N, KV, D)
-        v = self.v_proj(x, lora).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, lora))  # (N, H or KV, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attention.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.flatten(-2), lora)
+        return self.out(out.flatten(-2), lora)[0]
 
 
 class SwiGLU(nn.Module):
@@ -99,9 +75,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(f"{path}.gate_proj", hidden, width)
         self.up_proj = Linear(f"{path}.up_proj", hidden, width)
         self.down_proj = Linear(f"{path}.down_proj", width, hidden)
+        self.gate_up, self.down = Joint(self.gate_proj, self.up_proj), Joint(self.down_proj)
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x, lora)) * self.up_proj(x, lora), lora)
+        gate, up = self.gate_up(x, lora)
+        return self.down(F.silu(gate) * up, lora)[0]
 
 
 class MixtureOfExperts(nn.Module):
@@ -176,6 +154,7 @@ class Model(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
+        self.head = Joint(self.lm_head)
         self.tie()
 
     def tie(self) -> None:
@@ -186,16 +165,13 @@ class Model(nn.Module):
             self.lm_head.weight = embeddings
 
     def pack(self) -> None:
-        """Prepare the linear layers for serving in bfloat16 on a CPU; elsewhere this does nothing.
+        """Prepare the linear layers for serving; the weights must not change afterwards.
 
-        Costs the weights' memory once more. The weights must not change afterwards. In float32 it would gain little and
-        change how sums are ordered.
+        On a CPU in bfloat16 that costs the weights' memory once more.
         """
-        weight = self.lm_head.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.pack()
+        for module in self.modules():
+            if isinstance(module, Joint):
+                module.pack()
 
     def forward(
         self,
@@ -221,4 +197,4 @@ class Model(nn.Module):
         if rows is not None:
             hidden_states = hidden_states[rows]
             lora = lora.select(rows) if lora is not None else None
-        return self.lm_head(hidden_states, lora)
+        return self.head(hidden_states, lora)[0]

@@ -23,7 +23,8 @@ from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence
 from loraserve.lora.adapter import Adapter
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import AdapterStack
 
 PROMPTS = (
     "Who are you?",

@@ -8,7 +8,8 @@ from loraserve.engine.sampler import sample
 from loraserve.engine.scheduler import Chunk
 from loraserve.engine.sequence import Sequence, Token
 from loraserve.lora.adapter import Adapter
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import AdapterStack
 
 
 class Runner:

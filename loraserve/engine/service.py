@@ -25,8 +25,9 @@ from loraserve.engine.sequence import Sequence, Token
 from loraserve.engine.text import Piece, TextStream
 from loraserve.engine.worker import Worker
 from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
 from loraserve.lora.spec import Spec
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 
 MAX_BATCHED_TOKENS = 512

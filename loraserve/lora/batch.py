@@ -3,52 +3,65 @@
     y[n] += Σ_s W[n, s] · scaling_s · B_s (A_s x[n])
 
 Rows n are tokens; slots s are the adapters active in this step; W (N, S) holds each row's weights (several per row for
-a blend, none for the base). For one target the A of all active adapters stand stacked as one (R, in) matrix and their B
-as one (out, R), R the sum of their ranks, so that a mixed batch costs two matrix products however many adapters it
-mixes; a row's foreign columns are multiplied by zero in between. A and B stay as they were trained:
-`weight · scaling` multiplies xAᵀ in float32, in training and in serving alike.
+a blend, none for the base). A row meets the adapters it asked for and no other: many rows of one adapter take a product
+of their own, and the few rows that each of many adapters has while decoding share one batched product. A and B stay as
+they were trained; `weight · scaling` multiplies xAᵀ in float32, in training and in serving alike.
 
-Invariants: rows without an adapter are never written, so they keep exactly the base's bits; a batch in which no row has
-an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests' oracle.
+Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
+no row has an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests'
+oracle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from loraserve.lora.adapter import LoraWeight
+from loraserve.lora.stack import AdapterStack, Group, Site, Weights
 
-Weights = Mapping[str, LoraWeight]
-
-
-class _Site:
-    """What one target needs: stacked A and B and, for each of the R columns, its slot and scaling."""
-
-    def __init__(self, slots: list[int], weights: list[LoraWeight]) -> None:
-        alone = len(weights) == 1
-        self.A = weights[0].A if alone else torch.cat([w.A for w in weights])  # (R, in)
-        self.B = weights[0].B if alone else torch.cat([w.B for w in weights], dim=1)  # (out, R)
-        # Sites with the same key share one mask per step: all targets of uniform adapters do.
-        self.key = tuple((slot, w.r, w.scaling) for slot, w in zip(slots, weights, strict=True))
-        device = self.A.device
-        self.slot = torch.tensor([s for s, r, _ in self.key for _ in range(r)], device=device)  # (R,)
-        self.scaling = torch.tensor([c for _, r, c in self.key for _ in range(r)], device=device)  # (R,)
+FEW_ROWS = 16
+"""A slot with more rows than this takes a product of its own."""
 
 
-class AdapterStack:
-    """The adapters active together, stacked per target on first use. Kept while the active set stays the same."""
+@dataclass
+class _Alone:
+    """The rows of one slot. `rows` None stands for all rows, `weights` (n, 1) None for all ones."""
 
-    def __init__(self, adapters: Sequence[Weights]) -> None:
-        self.adapters = list(adapters)
-        self._sites: dict[str, _Site | None] = {}
+    group: Group
+    member: int
+    rows: Tensor | None
+    weights: Tensor | None
 
-    def site(self, target: str) -> _Site | None:
-        if target not in self._sites:
-            slots = [s for s, weights in enumerate(self.adapters) if target in weights]
-            self._sites[target] = _Site(slots, [self.adapters[s][target] for s in slots]) if slots else None
-        return self._sites[target]
+    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+        A, B = site.A[self.member], site.B[self.member]  # (R, in), (R, Σout)
+        x = x if self.rows is None else x[self.rows]
+        h = (x.to(A.dtype) @ A.T).float()  # (n, R)
+        h = h * (site.scaling[self.member] if self.weights is None else self.weights * site.scaling[self.member])
+        delta = h.to(B.dtype) @ B
+        if self.rows is None:
+            y += delta
+        else:
+            y.index_add_(0, self.rows, delta.to(y.dtype))
+
+
+@dataclass
+class _Together:
+    """A few rows of each slot of a group: `rows` (S·m,), `weights` (S, m, 1), padded with weight 0."""
+
+    group: Group
+    rows: Tensor
+    weights: Tensor
+    foreign: Tensor | None
+
+    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+        x = x[self.rows].view(len(self.group.members), -1, x.shape[1])  # (S, m, in)
+        h = torch.bmm(x.to(site.A.dtype), site.A.transpose(1, 2)).float()  # (S, m, R)
+        h = h * (self.weights * site.scaling.unsqueeze(1))
+        if self.foreign is not None:  # an overflow in padding, times zero, must not become a row's NaN
+            h = h.masked_fill(self.foreign, 0.0)
+        delta = torch.bmm(h.to(site.B.dtype), site.B)  # (S, m, Σout)
+        y.index_add_(0, self.rows, delta.flatten(0, 1).to(y.dtype))
 
 
 class LoraBatch:
@@ -56,21 +69,21 @@ class LoraBatch:
 
     Args:
         stack: the active adapters; slot numbers below index it.
-        row_weights: W (N, S) float32, the weight of each slot for each token row; zero where it does not apply.
+        row_weights: W (N, S) float32 on the CPU, the weight of each slot for each token row; zero where it does not
+            apply.
+        device: where the rows are.
     """
 
-    def __init__(self, stack: AdapterStack, row_weights: Tensor) -> None:
+    def __init__(self, stack: AdapterStack, row_weights: Tensor, device: torch.device | str = "cpu") -> None:
         self.stack = stack
         self.row_weights = row_weights
-        self._touched = row_weights.ne(0).any(dim=1).nonzero().squeeze(1)  # (N',)
-        self._all_touched = self._touched.numel() == row_weights.shape[0]
-        self._any_touched = self._touched.numel() > 0
-        self._masks: dict[tuple[tuple[int, int, float], ...], tuple[Tensor, Tensor | None]] = {}
+        self._device = device
+        self._plan: list[_Alone | _Together] | None = None
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
         """Every row uses the one adapter at weight 1, as in training."""
-        return cls(AdapterStack([weights]), torch.ones(num_rows, 1, device=device))
+        return cls(AdapterStack([weights]), torch.ones(num_rows, 1), device)
 
     @classmethod
     def from_segments(
@@ -88,17 +101,17 @@ class LoraBatch:
             None if no row has a nonzero weight, so that the model runs no adapter code.
         """
         lengths = torch.tensor([length for length, _ in segments])
-        weights = torch.zeros(len(segments), len(stack.adapters))
-        for i, (_, entries) in enumerate(segments):
-            for slot, weight in entries:
-                weights[i, slot] = weight
-        if not weights.any():
+        cells = [(i, slot, weight) for i, (_, entries) in enumerate(segments) for slot, weight in entries if weight]
+        if not cells:
             return None
-        return cls(stack, weights.repeat_interleave(lengths, dim=0).to(device))
+        weights = torch.zeros(len(segments), len(stack.adapters))
+        rows, slots, values = zip(*cells, strict=True)
+        weights[list(rows), list(slots)] = torch.tensor(values)
+        return cls(stack, weights.repeat_interleave(lengths, dim=0), device)
 
     def select(self, rows: Tensor) -> "LoraBatch":
         """The batch of a subset of rows, `rows` (M,) int64: an expert's tokens, or the rows that sample."""
-        return LoraBatch(self.stack, self.row_weights[rows])
+        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device)
 
     def apply(self, target: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the delta of `target`.
@@ -107,22 +120,63 @@ class LoraBatch:
             x: the layer's input (N, in).
             y: the frozen layer's output (N, out); not modified.
         """
-        site = self.stack.site(target) if self._any_touched else None
-        if site is None:
-            return y
-        if site.key not in self._masks:
-            mask = self.row_weights[:, site.slot] * site.scaling  # (N, R)
-            if not self._all_touched:
-                mask = mask[self._touched]
-            foreign = mask == 0 if len(site.key) > 1 else None
-            self._masks[site.key] = mask, foreign
-        mask, foreign = self._masks[site.key]
-        x = x if self._all_touched else x[self._touched]
-        h = F.linear(x.to(site.A.dtype), site.A).float() * mask  # (N', R)
-        if foreign is not None:  # an overflow in a foreign column, times zero, must not become this row's NaN
-            h = h.masked_fill(foreign, 0.0)
-        delta = F.linear(h.to(site.B.dtype), site.B).to(y.dtype)  # (N', out)
-        return y + delta if self._all_touched else y.index_add(0, self._touched, delta)
+        return self.add((target,), (y.shape[1],), x, y.clone())
+
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
+        """Add to y the deltas of layers that read the same input.
+
+        Args:
+            targets: the layers.
+            widths: their out_features.
+            x: their input (N, in).
+            y: their outputs side by side (N, Σout); written in place and returned.
+        """
+        if self._plan is None:
+            self._plan = self._make_plan()
+        for work in self._plan:
+            if (site := work.group.site(targets, widths)) is not None:
+                work.add(site, x, y)
+        return y
+
+    def _make_plan(self) -> list[_Alone | _Together]:
+        plan: list[_Alone | _Together] = []
+        for group in self.stack.groups:
+            weights = self.row_weights[:, group.members]  # (N, S)
+            slots, rows = weights.T.nonzero(as_tuple=True)  # by slot, then by row
+            counts = slots.bincount(minlength=len(group.members)).tolist()
+            per_slot = rows.split(counts)
+            few = [n if n <= FEW_ROWS else 0 for n in counts]
+            if sum(n > 0 for n in few) < 2:
+                few = []
+            for member, own in enumerate(per_slot):
+                if len(own) and (not few or not few[member]):
+                    plan.append(self._alone(group, member, own, weights[own, member]))
+            if few:
+                plan.append(self._together(group, weights, per_slot, few))
+        return plan
+
+    def _alone(self, group: Group, member: int, rows: Tensor, weights: Tensor) -> _Alone:
+        everywhere = len(rows) == self.row_weights.shape[0]
+        plain = bool((weights == 1).all())
+        return _Alone(
+            group,
+            member,
+            None if everywhere else rows.to(self._device),
+            None if plain else weights.unsqueeze(1).to(self._device),
+        )
+
+    def _together(self, group: Group, weights: Tensor, per_slot: Sequence[Tensor], counts: list[int]) -> _Together:
+        longest = max(counts)
+        spare = next(rows[0] for rows, n in zip(per_slot, counts, strict=True) if n)
+        index = spare.repeat(len(counts), longest)  # padding stands at a row that is written anyway
+        used = torch.zeros(len(counts), longest)
+        for member, (rows, n) in enumerate(zip(per_slot, counts, strict=True)):
+            if n:
+                index[member, :n] = rows
+                used[member, :n] = weights[rows, member]
+        used = used.unsqueeze(2).to(self._device)
+        padded = sum(counts) < index.numel()
+        return _Together(group, index.flatten().to(self._device), used, used == 0 if padded else None)
 
 
 def apply_one_by_one(batch: LoraBatch, target: str, x: Tensor, y: Tensor) -> Tensor:

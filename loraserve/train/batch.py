@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraserve.base.attention import PackedAttention
 from loraserve.base.model import MixtureOfExperts, Model
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import AdapterStack
 from loraserve.train.data import Sample
 
 ROUTER_LOSS_WEIGHT = 5e-4
@@ -65,7 +66,7 @@ def logits_of(model: Model, batch: PackedBatch, stack: AdapterStack | None) -> T
     """
     device = model.lm_head.weight.device
     attention = PackedAttention(batch.lengths, device)
-    lora = LoraBatch(stack, torch.ones(batch.num_rows, 1, device=device)) if stack is not None else None
+    lora = LoraBatch(stack, torch.ones(batch.num_rows, 1), device) if stack is not None else None
     input_ids, rows = batch.input_ids.to(device), batch.rows.to(device)
     return model(input_ids, attention.positions, attention, lora, rows=rows).float()
 

@@ -9,7 +9,8 @@ import torch
 from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
 from loraserve.lora.adapter import LoraWeight
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import AdapterStack
 from loraserve.train.rows import Dialogue
 
 MAX_PROMPT_TOKENS = 256

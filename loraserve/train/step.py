@@ -21,7 +21,7 @@ from torch import Tensor
 from loraserve.base.model import Model
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
-from loraserve.lora.batch import AdapterStack
+from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import PackedBatch, RouterLoss, summed_loss
 from loraserve.train.schedule import learning_rate
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from loraserve.base.attention import PackedAttention
 from loraserve.lora.adapter import LoraWeight
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
 from loraserve.lora.peft import read_adapter
+from loraserve.lora.stack import AdapterStack
 from tests.base.reference import IDS, hf_logits, our_logits, our_model, random_hf_model
 from tests.conftest import MakeAdapter
 

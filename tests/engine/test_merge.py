@@ -22,10 +22,11 @@ from loraserve.engine.merge import merge, merge_checkpoint
 from loraserve.engine.parity import compare
 from loraserve.errors import AdapterNotFound, CheckpointError, Conflict, InvalidRequest, StorageError
 from loraserve.lora.adapter import Adapter, LoraWeight
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.minimind import read_minimind
 from loraserve.lora.spec import parse_spec
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 
 TEXT = "Tell me a story. 给我讲一个故事吧。"

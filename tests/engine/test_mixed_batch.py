@@ -111,7 +111,8 @@ def test_seeded_request_gives_the_same_text_alone_and_among_15_others(service: S
 
 def test_base_rows_keep_their_exact_bits_beside_adapter_rows(base, registry) -> None:
     from loraserve.base.attention import PackedAttention
-    from loraserve.lora.batch import AdapterStack, LoraBatch
+    from loraserve.lora.batch import LoraBatch
+    from loraserve.lora.stack import AdapterStack
 
     ids = torch.arange(10, 22)
     attention = PackedAttention([5, 7])

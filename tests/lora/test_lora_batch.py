@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from loraserve.lora.adapter import Adapter, LoraWeight
-from loraserve.lora.batch import AdapterStack, LoraBatch, apply_one_by_one
+from loraserve.lora.batch import LoraBatch, apply_one_by_one
 from loraserve.lora.merge import combine
+from loraserve.lora.stack import AdapterStack
 
 Q, V, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.mlp.up_proj"
 
@@ -160,7 +161,8 @@ def test_overflow_of_one_adapter_stays_out_of_the_other_rows() -> None:
     import torch
 
     from loraserve.lora.adapter import LoraWeight
-    from loraserve.lora.batch import AdapterStack, LoraBatch
+    from loraserve.lora.batch import LoraBatch
+    from loraserve.lora.stack import AdapterStack
 
     wild = {"q": LoraWeight(torch.full((2, 4), 3e38), torch.ones(4, 2), 2.0)}
     calm = {"q": LoraWeight(torch.ones(2, 4), torch.ones(4, 2), 2.0)}

@@ -12,7 +12,8 @@ from loraserve.base.chat import ChatTemplate
 from loraserve.base.load import load_base
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
-from loraserve.lora.batch import AdapterStack, LoraBatch
+from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import RouterLoss, logits_of, pack, summed_loss
 from loraserve.train.checkpoint import RunState, load_state, save_state
 from loraserve.train.data import Dataset, Encoder, Sample

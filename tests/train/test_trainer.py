@@ -17,7 +17,7 @@ from loraserve.errors import (
     TrainingFailed,
     TrainingInterrupted,
 )
-from loraserve.lora.batch import AdapterStack
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.batch import pack, summed_loss
 from loraserve.train.checkpoint import exclusive

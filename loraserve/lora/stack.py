@@ -1,0 +1,82 @@
+"""The adapters that are active together, stacked so that one product serves many of them.
+
+Adapters with the same targets and ranks form a group. For layers that read the same input a group keeps one site: the A
+of all its adapters as (S, R, in), R the sum of the targets' ranks, and their B as (S, R, Σout) with zeros where a
+target's columns of R meet another target's outputs. No rank is padded. What is stacked for parameters in training lets
+gradients through.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraserve.lora.adapter import LoraWeight
+
+Weights = Mapping[str, LoraWeight]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the adapters of a group do to layers of one input."""
+
+    A: Tensor
+    """(S, R, in)"""
+    B: Tensor
+    """(S, R, Σout)"""
+    scaling: Tensor
+    """(S, R) float32"""
+
+
+class Group:
+    """Adapters with the same targets and ranks. `members` are their slots."""
+
+    def __init__(self, members: list[int], adapters: list[Weights]) -> None:
+        self.members = members
+        self._adapters = adapters
+        self._sites: dict[tuple[str, ...], Site | None] = {}
+
+    def site(self, targets: tuple[str, ...], widths: Sequence[int]) -> Site | None:
+        """What they do to `targets`, layers of `widths` out_features over one input; None if nothing.
+
+        Stacked on first use and kept, unless it is in training and changes with each step.
+        """
+        if targets in self._sites:
+            return self._sites[targets]
+        weights = [adapter[target] for adapter in self._adapters for target in targets if target in adapter]
+        site = self._stack(targets, widths) if weights else None
+        if not any(w.A.requires_grad for w in weights):
+            self._sites[targets] = site
+        return site
+
+    def _stack(self, targets: tuple[str, ...], widths: Sequence[int]) -> Site:
+        rows = [self._side_by_side(weights, targets, widths) for weights in self._adapters]
+        A, B, scaling = (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+                         for parts in zip(*rows, strict=True))  # fmt: skip
+        return Site(A, B, scaling)
+
+    @staticmethod
+    def _side_by_side(
+        weights: Weights, targets: tuple[str, ...], widths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A (R, in), B (R, Σout) and scaling (R,) of one adapter."""
+        present = [weights[target] for target in targets if target in weights]
+        A = present[0].A if len(present) == 1 else torch.cat([w.A for w in present])
+        scaling = torch.tensor([w.scaling for w in present for _ in range(w.r)], device=A.device)
+        if len(targets) == 1:
+            return A, present[0].B.T if A.requires_grad else present[0].B.T.contiguous(), scaling
+        blocks = [weights[t].B.T if t in weights else A.new_zeros(0, width)
+                  for t, width in zip(targets, widths, strict=True)]  # fmt: skip
+        return A, torch.block_diag(*blocks), scaling
+
+
+class AdapterStack:
+    """Adapters by slot, in groups."""
+
+    def __init__(self, adapters: Sequence[Weights]) -> None:
+        self.adapters = list(adapters)
+        layouts: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        for slot, weights in enumerate(self.adapters):
+            layouts.setdefault(tuple(sorted((target, w.r) for target, w in weights.items())), []).append(slot)
+        self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
