@@ -7,6 +7,8 @@ laid their weights together for serving. Unpacked, and wherever gradients are ke
 is the plain form, and the tests' oracle.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,15 @@ from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
 """The number of rows the packed layout is best for."""
+
+
+class Attention(Protocol):
+    """Where keys and values live, and which rows see which."""
+
+    max_position: int
+    """All positions of this step are below it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Module):
@@ -64,10 +75,13 @@ class Joint(nn.Module):
         """Return (N, out) of each layer for x (N, in)."""
         if self._weight is None or torch.is_grad_enabled():
             return tuple(layer(x, lora) for layer in self.layers)
+        return self.side_by_side(x, lora).split(self._widths, dim=-1)
+
+    def side_by_side(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        """Return (N, Σout), all layers' outputs in one tensor; only after `pack`."""
+        assert self._weight is not None
         if self._is_reordered:
             y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, None, "none", [], "")
         else:
             y = F.linear(x, self._weight)
-        if lora is not None:
-            y = lora.add(self._targets, self._widths, x, y)
-        return y.split(self._widths, dim=-1)
+        return y if lora is None else lora.add(self._targets, self._widths, x, y)

@@ -11,25 +11,16 @@ Every linear layer adds `lora`'s delta for its module path; with `lora=None` no 
 MiniMind's and Hugging Face's, so a checkpoint's tensors load by name.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraserve.base import fused
 from loraserve.base.config import ModelConfig
-from loraserve.base.linear import Joint, Linear
+from loraserve.base.linear import Attention, Joint, Linear
 from loraserve.base.rope import Rope, rotate
+from loraserve.kernels import cpu
 from loraserve.lora.batch import LoraBatch
-
-
-class Attention(Protocol):
-    """Where keys and values live, and which rows see which."""
-
-    max_position: int
-    """All positions of this step are below it."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +29,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
         self.in_float32 = in_float32
+        self.weight_in_float32 = torch.empty(0)
+
+    def pack(self) -> None:
+        self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -51,6 +46,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         path, hidden, dim = f"model.layers.{layer}.self_attn", config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, dim
+        self.heads = config.num_attention_heads, config.num_key_value_heads, dim
         self.q_proj = Linear(f"{path}.q_proj", hidden, config.num_attention_heads * dim)
         self.k_proj = Linear(f"{path}.k_proj", hidden, config.num_key_value_heads * dim)
         self.v_proj = Linear(f"{path}.v_proj", hidden, config.num_key_value_heads * dim)
@@ -77,7 +73,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(f"{path}.down_proj", width, hidden)
         self.gate_up, self.down = Joint(self.gate_proj, self.up_proj), Joint(self.down_proj)
 
+        self.fused = False
+
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        if self.fused and not torch.is_grad_enabled():
+            return fused.swiglu(self, x, lora)
         gate, up = self.gate_up(x, lora)
         return self.down(F.silu(gate) * up, lora)[0]
 
@@ -137,8 +137,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_float32)
         self.rope = Rope(config)
+        self.fused = False
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
+        if self.fused and not torch.is_grad_enabled():
+            return fused.hidden_states(self, input_ids, positions, attention, lora)
         cos, sin = self.rope(positions, attention.max_position)
         x = self.embed_tokens(input_ids)  # (N, hidden)
         for layer in self.layers:
@@ -169,9 +172,15 @@ class Model(nn.Module):
 
         On a CPU in bfloat16 that costs the weights' memory once more.
         """
+        weight = self.lm_head.weight
+        kernels = (
+            weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
+        )
         for module in self.modules():
-            if isinstance(module, Joint):
+            if isinstance(module, Joint | RMSNorm):
                 module.pack()
+            if isinstance(module, Decoder | SwiGLU):
+                module.fused = kernels
 
     def forward(
         self,

@@ -65,13 +65,17 @@ class Rope(torch.nn.Module):
 
     def forward(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin (N, 1, head_dim) float32 for `positions` (N,), all below `limit`."""
+        rows = self.reach(limit)[positions].unsqueeze(2)  # (N, 2, 1, D)
+        return rows[:, 0], rows[:, 1]
+
+    def reach(self, limit: int) -> Tensor:
+        """Return the table (positions, 2, head_dim), cos and sin of at least `limit` positions."""
         if self.table.shape[0] < limit:
             limit = 1 << (limit - 1).bit_length()  # doubling: decoding asks for one more each step
             angles = torch.outer(torch.arange(limit, device=self.freqs.device).float(), self.freqs.float())
             angles = torch.cat([angles, angles], dim=-1)  # (limit, D)
             self.table = torch.stack([angles.cos(), angles.sin()], dim=1) * self.factor
-        rows = self.table[positions].unsqueeze(2)  # (N, 2, 1, D)
-        return rows[:, 0], rows[:, 1]
+        return self.table
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

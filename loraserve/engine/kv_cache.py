@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraserve.base.config import ModelConfig
 from loraserve.engine.scheduler import Chunk
+from loraserve.kernels import cpu
 
 
 class KVCache:
@@ -48,6 +49,7 @@ class CachedAttention:
         device = positions.device
         self._cache = cache
         self._positions = positions  # (N,)
+        self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype)
         self.max_position = max(chunk.start + chunk.count for chunk in chunks)
         slots = [chunk.sequence.slot for chunk in chunks]
         counts = torch.tensor([chunk.count for chunk in chunks])
@@ -72,10 +74,15 @@ class CachedAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._slots, :, self._positions] = k
-        values[self._slots, :, self._positions] = v
-        out = torch.empty_like(q)  # (N, H, D)
-        if b := self._num_decoding:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
+        b = self._num_decoding
+        if self._kernels and q.stride() == k.stride() == v.stride():
+            cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, out)
+            b = 0
+        else:
+            keys[self._slots, :, self._positions] = k
+            values[self._slots, :, self._positions] = v
+        if b:
             # The H/KV query heads that share a key head stand as that head's queries: no key is repeated.
             grouped = q[:b].unflatten(1, (k.shape[1], -1))  # (B, KV, G, D)
             past_k = keys[:, :, : self._length][self._decoding]  # (B, KV, L, D)
@@ -85,8 +92,10 @@ class CachedAttention:
         for rows, slot, end, mask in self._prompts:
             query = q[rows].transpose(0, 1).unsqueeze(0)  # (1, H, T, D)
             past = keys[slot, :, :end].unsqueeze(0), values[slot, :, :end].unsqueeze(0)  # (1, KV, end, D)
+            if q.device.type == "cpu":  # there float32 attention is faster than bf16
+                query, past = query.float(), (past[0].float(), past[1].float())
             attended = F.scaled_dot_product_attention(
                 query, *past, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
             )
-            out[rows] = attended[0].transpose(0, 1)
+            out[rows] = attended[0].transpose(0, 1).to(out.dtype)
         return out

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraserve.lora.stack import AdapterStack, Group, Site, Weights
+from loraserve.kernels import cpu
+from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
 """A slot with more rows than this takes a product of its own."""
@@ -33,7 +34,9 @@ class _Alone:
     rows: Tensor | None
     weights: Tensor | None
 
-    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
+        if (site := self.group.site(targets, widths)) is None:
+            return
         A, B = site.A[self.member], site.B[self.member]  # (R, in), (R, Σout)
         x = x if self.rows is None else x[self.rows]
         h = (x.to(A.dtype) @ A.T).float()  # (n, R)
@@ -54,7 +57,9 @@ class _Together:
     weights: Tensor
     foreign: Tensor | None
 
-    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
+        if (site := self.group.site(targets, widths)) is None:
+            return
         x = x[self.rows].view(len(self.group.members), -1, x.shape[1])  # (S, m, in)
         h = torch.bmm(x.to(site.A.dtype), site.A.transpose(1, 2)).float()  # (S, m, R)
         h = h * (self.weights * site.scaling.unsqueeze(1))
@@ -62,6 +67,20 @@ class _Together:
             h = h.masked_fill(self.foreign, 0.0)
         delta = torch.bmm(h.to(site.B.dtype), site.B)  # (S, m, Σout)
         y.index_add_(0, self.rows, delta.flatten(0, 1).to(y.dtype))
+
+
+@dataclass
+class _Few:
+    """A few rows of each of any slots, by the CPU's kernel: entries (row, slot, weight), by slot."""
+
+    stack: AdapterStack
+    rows: Tensor
+    slots: Tensor
+    weights: Tensor
+
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
+        if (deltas := self.stack.deltas(targets, widths)) is not None:
+            deltas.add(x.contiguous(), y, self.rows, self.slots, self.weights)
 
 
 class LoraBatch:
@@ -78,7 +97,7 @@ class LoraBatch:
         self.stack = stack
         self.row_weights = row_weights
         self._device = device
-        self._plan: list[_Alone | _Together] | None = None
+        self._plan: list[_Alone | _Together | _Few] | None = None
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
@@ -132,26 +151,38 @@ class LoraBatch:
             y: their outputs side by side (N, Σout); written in place and returned.
         """
         if self._plan is None:
-            self._plan = self._make_plan()
+            kernel = x.device.type == "cpu" and cpu.available(x.dtype) and not torch.is_grad_enabled()
+            self._plan = self._plan_for_kernel() if kernel else self._plan_for_groups(range(len(self.stack.adapters)))
         for work in self._plan:
-            if (site := work.group.site(targets, widths)) is not None:
-                work.add(site, x, y)
+            work.add(targets, widths, x, y)
         return y
 
-    def _make_plan(self) -> list[_Alone | _Together]:
-        plan: list[_Alone | _Together] = []
+    def _plan_for_kernel(self) -> list[_Alone | _Together | _Few]:
+        """The kernel for slots of few rows, matrix products for the others."""
+        counts = (self.row_weights != 0).sum(dim=0)  # (S,)
+        few = (counts <= FEW_ROWS) & (counts > 0)
+        plan = self._plan_for_groups(((counts > FEW_ROWS).nonzero().squeeze(1)).tolist())
+        if few.any():
+            slots, rows = (self.row_weights * few).T.nonzero(as_tuple=True)
+            plan.append(_Few(self.stack, rows.contiguous(), slots.contiguous(), self.row_weights[rows, slots]))
+        return plan
+
+    def _plan_for_groups(self, slots: Sequence[int]) -> list[_Alone | _Together | _Few]:
+        """Matrix products for some of the slots."""
+        plan: list[_Alone | _Together | _Few] = []
+        wanted = set(slots)
         for group in self.stack.groups:
             weights = self.row_weights[:, group.members]  # (N, S)
-            slots, rows = weights.T.nonzero(as_tuple=True)  # by slot, then by row
-            counts = slots.bincount(minlength=len(group.members)).tolist()
-            per_slot = rows.split(counts)
+            by_slot, rows = weights.T.nonzero(as_tuple=True)  # by slot, then by row
+            per_slot = rows.split(by_slot.bincount(minlength=len(group.members)).tolist())
+            counts = [len(own) if slot in wanted else 0 for slot, own in zip(group.members, per_slot, strict=True)]
             few = [n if n <= FEW_ROWS else 0 for n in counts]
             if sum(n > 0 for n in few) < 2:
-                few = []
+                few = [0] * len(few)
             for member, own in enumerate(per_slot):
-                if len(own) and (not few or not few[member]):
+                if counts[member] and not few[member]:
                     plan.append(self._alone(group, member, own, weights[own, member]))
-            if few:
+            if any(few):
                 plan.append(self._together(group, weights, per_slot, few))
         return plan
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraserve.kernels.cpu import Deltas
 from loraserve.lora.adapter import LoraWeight
 
 Weights = Mapping[str, LoraWeight]
@@ -80,3 +81,12 @@ class AdapterStack:
         for slot, weights in enumerate(self.adapters):
             layouts.setdefault(tuple(sorted((target, w.r) for target, w in weights.items())), []).append(slot)
         self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
+        self._deltas: dict[tuple[str, ...], Deltas | None] = {}
+
+    def deltas(self, targets: tuple[str, ...], widths: Sequence[int]) -> Deltas | None:
+        """The adapters at layers of one input for the CPU's kernel; None if none of them touches these."""
+        if targets not in self._deltas:
+            cells = [[(weights[t].A, weights[t].B, weights[t].scaling) if t in weights else None for t in targets]
+                     for weights in self.adapters]  # fmt: skip
+            self._deltas[targets] = Deltas(cells, widths) if any(any(row) for row in cells) else None
+        return self._deltas[targets]

@@ -1,0 +1,69 @@
+"""Compile the C kernels for this very processor, once, and load them.
+
+Needs a C compiler with OpenMP; without one `library()` is None. The result is kept in the user's cache directory under a
+name that says what it was made from, so another source, compiler or processor makes another. `LORASERVE_KERNELS=off` turns
+the kernels off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if os.environ.get("LORASERVE_KERNELS") == "off" or compiler is None:
+        return None
+    try:
+        # Calls take microseconds: a PyDLL keeps the interpreter's lock, to give it up and fight for it would take longer.
+        return ctypes.PyDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no C kernels, the model runs without them: %s", error)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Path of the shared library, compiled if this source, compiler and processor have not met before."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    made_from = [SOURCE.read_text("utf-8"), version, *FLAGS, NATIVE, _processor()]
+    name = f"cpu-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
+    path = _cache() / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / name
+            subprocess.run(
+                [compiler, *FLAGS, NATIVE, "-o", str(made), str(SOURCE), "-lm"],
+                capture_output=True, text=True, timeout=120, check=True,
+            )  # fmt: skip
+            os.replace(made, path)
+    return path
+
+
+def _cache() -> Path:
+    """A directory of the user's own: a library that others can write must not be loaded."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraserve"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
+    return folder
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,0 +1,246 @@
+/* What lies between the matrix products of a decoding step, for a CPU. `cpu.py` compiles and calls it.
+
+   Every function exists for float32 and for bfloat16 activations (suffix _f32, _bf16); sums are float32. A row's result
+   depends on that row alone, never on its neighbours or on the number of threads. */
+
+#ifndef T
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+static inline float from_bf16(uint16_t x) {
+    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
+    return v.f;
+}
+
+static inline uint16_t to_bf16(float x) { /* to nearest even; NaN stays NaN */
+    union { float f; uint32_t u; } v = {x};
+    uint32_t rounded = (v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16;
+    return x != x ? 0x7fc0 : (uint16_t)rounded;
+}
+
+static inline float exp_of(float x) { /* relative error below 2e-7; written out so that the compiler vectorises it */
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } scale = {((int32_t)n + 127) << 23};
+    return p * scale.f;
+}
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define FN(name) JOIN(name, SUFFIX)
+
+#define T float
+#define SUFFIX f32
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#include "cpu.c"
+#undef T
+#undef SUFFIX
+#undef LOAD
+#undef STORE
+
+#define T uint16_t
+#define SUFFIX bf16
+#define LOAD(x) from_bf16(x)
+#define STORE(x) to_bf16(x)
+#include "cpu.c"
+
+#else
+
+/* x (n, d) float32 += y (n, d), if y is given; out = norm(x) * w. `cast_first` rounds before the weight multiplies. */
+void FN(add_rms_norm)(float *x, const T *y, const float *w, T *out, int64_t n, int64_t d, float eps, int64_t cast_first) {
+#pragma omp parallel for if (n > 1)
+    for (int64_t i = 0; i < n; i++) {
+        float *row = x + i * d, sum = 0;
+        T *to = out + i * d;
+        if (y)
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) row[j] += LOAD(y[i * d + j]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < d; j++) sum += row[j] * row[j];
+        float scale = 1.0f / sqrtf(sum / d + eps);
+        if (cast_first)
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) to[j] = STORE(LOAD(STORE(row[j] * scale)) * w[j]);
+        else
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) to[j] = STORE(row[j] * scale * w[j]);
+    }
+}
+
+/* In place: heads of rows of `stride`, the first h of them queries and the next kv keys, are normed and rotated.
+   table (positions, 2, d) holds cos and sin; norms may be absent. */
+void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t kv, int64_t d, const float *q_norm,
+                         const float *k_norm, float eps, int64_t cast_first, const float *table, const int64_t *positions) {
+#pragma omp parallel for if (n > 1)
+    for (int64_t i = 0; i < n; i++) {
+        const float *cos = table + positions[i] * 2 * d, *sin = cos + d;
+        for (int64_t head = 0; head < h + kv; head++) {
+            T *x = qkv + i * stride + head * d;
+            const float *w = head < h ? q_norm : k_norm;
+            float v[512];
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) v[j] = LOAD(x[j]);
+            if (w) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < d; j++) sum += v[j] * v[j];
+                float scale = 1.0f / sqrtf(sum / d + eps);
+                if (cast_first)
+#pragma omp simd
+                    for (int64_t j = 0; j < d; j++) v[j] = LOAD(STORE(LOAD(STORE(v[j] * scale)) * w[j]));
+                else
+#pragma omp simd
+                    for (int64_t j = 0; j < d; j++) v[j] = LOAD(STORE(v[j] * scale * w[j]));
+            }
+            int64_t half = d / 2;
+#pragma omp simd
+            for (int64_t j = 0; j < half; j++) {
+                x[j] = STORE(v[j] * cos[j] - v[j + half] * sin[j]);
+                x[j + half] = STORE(v[j + half] * cos[j + half] + v[j] * sin[j + half]);
+            }
+        }
+    }
+}
+
+/* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
+   Cache (slots, kv, max_len, d); q, k, v are heads of rows of `stride`; out (n, h, d). */
+void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T *keys, T *values, int64_t max_len,
+                          const int64_t *slots, const int64_t *positions, int64_t n, int64_t decoding, int64_t h,
+                          int64_t kv, int64_t d, float scale, T *out) {
+    int64_t group = h / kv;
+#pragma omp parallel for if (n > 1)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t head = 0; head < kv; head++) {
+            int64_t at = ((slots[i] * kv + head) * max_len + positions[i]) * d;
+            memcpy(keys + at, k + i * stride + head * d, d * sizeof(T));
+            memcpy(values + at, v + i * stride + head * d, d * sizeof(T));
+        }
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t task = 0; task < decoding * kv; task++) {
+        int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
+        const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
+        const T *past_v = values + (slots[i] * kv + head) * max_len * d;
+        float *scores = malloc((group * length + 2 * group * d + d) * sizeof(float));
+        float *query = scores + group * length, *sum = query + group * d, *row = sum + group * d;
+        for (int64_t g = 0; g < group; g++)
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) query[g * d + j] = LOAD(q[i * stride + (head * group + g) * d + j]) * scale;
+        for (int64_t t = 0; t < length; t++) {
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) row[j] = LOAD(past_k[t * d + j]);
+            for (int64_t g = 0; g < group; g++) {
+                float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int64_t j = 0; j < d; j++) dot += query[g * d + j] * row[j];
+                scores[g * length + t] = dot;
+            }
+        }
+        memset(sum, 0, group * d * sizeof(float));
+        for (int64_t g = 0; g < group; g++) {
+            float *score = scores + g * length, most = score[0], total = 0;
+#pragma omp simd reduction(max : most)
+            for (int64_t t = 0; t < length; t++) most = score[t] > most ? score[t] : most;
+#pragma omp simd reduction(+ : total)
+            for (int64_t t = 0; t < length; t++) {
+                float bad = score[t] - score[t]; /* NaN for NaN and Inf, which exp_of would hide */
+                score[t] = exp_of(score[t] - most) + bad;
+                total += score[t];
+            }
+#pragma omp simd
+            for (int64_t t = 0; t < length; t++) score[t] /= total;
+        }
+        for (int64_t t = 0; t < length; t++) {
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) row[j] = LOAD(past_v[t * d + j]);
+            for (int64_t g = 0; g < group; g++) {
+                float p = scores[g * length + t];
+#pragma omp simd
+                for (int64_t j = 0; j < d; j++) sum[g * d + j] += p * row[j];
+            }
+        }
+        for (int64_t g = 0; g < group; g++)
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) out[(i * h + head * group + g) * d + j] = STORE(sum[g * d + j]);
+        free(scores);
+    }
+}
+
+/* out (n, d) = silu(gate) * up, with gate and up side by side in rows of 2d. */
+void FN(silu_and_multiply)(const T *gate_up, T *out, int64_t n, int64_t d) {
+#pragma omp parallel for collapse(2) if (n * d > 8192)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t block = 0; block < d; block += 512) {
+            const T *gate = gate_up + i * 2 * d, *up = gate + d;
+            int64_t end = block + 512 < d ? block + 512 : d;
+#pragma omp simd
+            for (int64_t j = block; j < end; j++) {
+                float x = LOAD(gate[j]);
+                out[i * d + j] = STORE(x / (1.0f + exp_of(-x)) * LOAD(up[j]) + (x - x));
+            }
+        }
+}
+
+/* y (n, width) += weight * scaling * B (A x) for entries (row, slot, weight), over the targets side by side in y.
+   A and B hold pointers (slots, targets): to A (r, in), and to B transposed, (r, out). An absent target has r = 0. */
+void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries, const int64_t *rows,
+                    const int64_t *slots, const float *weights, int64_t targets, const int64_t *widths,
+                    const int64_t *A, const int64_t *B, const int64_t *ranks, const float *scaling, int64_t most) {
+    float *inputs = malloc(entries * (in + targets * most) * sizeof(float)), *hidden = inputs + entries * in;
+    int64_t blocks = 0;
+    for (int64_t t = 0; t < targets; t++) blocks += (widths[t] + 255) / 256;
+#pragma omp parallel
+    {
+#pragma omp for
+        for (int64_t e = 0; e < entries; e++)
+#pragma omp simd
+            for (int64_t j = 0; j < in; j++) inputs[e * in + j] = LOAD(x[rows[e] * in + j]);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < entries * targets * most; task++) {
+            int64_t e = task / (targets * most), t = task / most % targets, r = task % most;
+            int64_t at = slots[e] * targets + t;
+            if (r >= ranks[at]) continue;
+            const float *a = (const float *)A[at] + r * in, *input = inputs + e * in;
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t j = 0; j < in; j++) dot += a[j] * input[j];
+            hidden[task] = dot * weights[e] * scaling[at];
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            int64_t t = 0, left = 0, b = block;
+            while (b >= (widths[t] + 255) / 256) b -= (widths[t] + 255) / 256, left += widths[t++];
+            int64_t from = b * 256, count = widths[t] - from < 256 ? widths[t] - from : 256;
+            for (int64_t e = 0; e < entries; e++) {
+                int64_t at = slots[e] * targets + t;
+                if (!ranks[at]) continue;
+                const float *h = hidden + (e * targets + t) * most;
+                T *to = y + rows[e] * width + left + from;
+                float sum[256];
+#pragma omp simd
+                for (int64_t j = 0; j < count; j++) sum[j] = LOAD(to[j]);
+                for (int64_t r = 0; r < ranks[at]; r++) {
+                    const float *bt = (const float *)B[at] + r * widths[t] + from;
+#pragma omp simd
+                    for (int64_t j = 0; j < count; j++) sum[j] += h[r] * bt[j];
+                }
+#pragma omp simd
+                for (int64_t j = 0; j < count; j++) to[j] = STORE(sum[j]);
+            }
+        }
+    }
+    free(inputs);
+}
+
+#endif

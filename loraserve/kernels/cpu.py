@@ -1,0 +1,106 @@
+"""The C kernels, called with tensors. Shapes and equations stand in cpu.c; all tensors are on the CPU.
+
+Activations are float32 or bfloat16; whatever is said to be float32 is. Callers see to contiguity.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraserve.kernels.build import library
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+MAX_HEAD_DIM = 512
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the kernels run here for activations of `dtype`."""
+    return dtype in DTYPES and library() is not None
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, cast_first: bool, dtype: torch.dtype
+) -> Tensor:
+    """Add y (N, D) to x (N, D) float32 in place and return the normed sum, times weight (D,) float32, in `dtype`."""
+    out = torch.empty(x.shape, dtype=dtype)
+    n, d = x.shape
+    _call("add_rms_norm", dtype, x, y, weight, out, n, d, ctypes.c_float(eps), int(cast_first))
+    return out
+
+
+def norm_and_rotate(
+    qkv: Tensor,
+    heads: tuple[int, int, int],
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cast_first: bool,
+    table: Tensor,
+    positions: Tensor,
+) -> None:
+    """Norm and rotate queries and keys in qkv (N, (H + 2 KV) D) in place.
+
+    Args:
+        heads: H, KV and D.
+        norms: the weights (D,) float32 of the norms of queries and keys, or None for no norms.
+        table: (positions, 2, D) float32, cos and sin.
+        positions: (N,) int64.
+    """
+    q_norm, k_norm = norms or (None, None)
+    _call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, ctypes.c_float(eps), int(cast_first),
+          table, positions)  # fmt: skip
+
+
+def store_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, decoding: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Store k and v (N, KV, D) in a layer's cache (slots, KV, max_len, D); attend for the first `decoding` rows.
+
+    q, k and v are views of rows of one width. `out` (N, H, D) gets those rows.
+    """
+    n, h, d = q.shape
+    _call("store_and_attend", q.dtype, q, k, v, q.stride(0), keys, values, keys.shape[2], slots, positions, n, decoding,
+          h, k.shape[1], d, ctypes.c_float(d**-0.5), out)  # fmt: skip
+
+
+def silu_and_multiply(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up, (N, D), of gate and up side by side in (N, 2 D)."""
+    n, d = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(n, d, dtype=gate_up.dtype)
+    _call("silu_and_multiply", gate_up.dtype, gate_up, out, n, d)
+    return out
+
+
+class Deltas:
+    """What adapters do to layers of one input, as the kernel wants it: pointers to float32 A (r, in) and Bᵀ (r, out).
+
+    Args:
+        weights: per adapter and target A (r, in), B (out, r) and scaling, or None.
+        widths: out_features of each target.
+    """
+
+    def __init__(self, weights: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]], widths: Sequence[int]) -> None:
+        cells = [cell for row in weights for cell in row]
+        self._kept = [(c[0].float().contiguous(), c[1].float().T.contiguous()) if c else None for c in cells]
+        self._A = torch.tensor([k[0].data_ptr() if k else 0 for k in self._kept])
+        self._B = torch.tensor([k[1].data_ptr() if k else 0 for k in self._kept])
+        ranks = [k[0].shape[0] if k else 0 for k in self._kept]
+        self._ranks = torch.tensor(ranks)
+        self._scaling = torch.tensor([c[2] if c else 0.0 for c in cells])
+        self._widths = torch.tensor(list(widths))
+        self._most = max(ranks)
+
+    def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
+        """Add to y (N, Σout) in place what entries (row, slot, weight) ask for; x (N, in)."""
+        _call("add_deltas", x.dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights, len(self._widths),
+              self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
+
+
+def _call(name: str, dtype: torch.dtype, *args: Tensor | int | ctypes.c_float | None) -> None:
+    found = library()
+    assert found is not None
+    function = getattr(found, f"{name}_{DTYPES[dtype]}")
+    function(*[ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a
+               for a in args])  # fmt: skip
