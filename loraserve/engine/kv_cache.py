@@ -49,11 +49,11 @@ class CachedAttention:
         device = positions.device
         self._cache = cache
         self._positions = positions  # (N,)
-        self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype)
+        self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype, cache.keys[0].shape[3])
         self.max_position = max(chunk.start + chunk.count for chunk in chunks)
         slots = [chunk.sequence.slot for chunk in chunks]
-        counts = torch.tensor([chunk.count for chunk in chunks])
-        self._slots = torch.tensor(slots).repeat_interleave(counts).to(device)  # (N,)
+        rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
+        self._slots = torch.tensor(rows).to(device)  # (N,)
         self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
         if b:
             self._length = max(chunk.start for chunk in chunks[:b]) + 1
@@ -76,7 +76,7 @@ class CachedAttention:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
         b = self._num_decoding
-        if self._kernels and q.stride() == k.stride() == v.stride():
+        if self._kernels and (len(q) == 1 or q.stride() == k.stride() == v.stride()):
             cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, out)
             b = 0
         else:

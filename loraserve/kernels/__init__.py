@@ -1,5 +1,5 @@
 """What lies between a model's matrix products, written for one kind of processor: C for a CPU.
 
-Nothing here is required. Where no kernel can be had, the model's plain forward pass computes the same, slower; the tests
-hold each kernel to it.
+Nothing here is required. Where no kernel can be had, the model's plain forward pass computes the same, slower; the
+tests hold each kernel to it.
 """

@@ -1,8 +1,8 @@
 """Compile the C kernels for this very processor, once, and load them.
 
-Needs a C compiler with OpenMP; without one `library()` is None. The result is kept in the user's cache directory under a
-name that says what it was made from, so another source, compiler or processor makes another. `LORASERVE_KERNELS=off` turns
-the kernels off.
+Needs a C compiler with OpenMP; without one `library()` is None. The result is kept in the user's cache directory under
+a name that says what it was made from, so another source, compiler or processor makes another. `LORASERVE_KERNELS=off`
+turns the kernels off.
 """
 
 import ctypes
@@ -20,7 +20,19 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+NATIVE = (
+    ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native", "-mprefer-vector-width=512"]
+)
+
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+SIGNATURES = {
+    "add_rms_norm": "ppppiifi",
+    "norm_and_rotate": "piiiiippfipp",
+    "store_and_attend": "pppippippiiiiifp",
+    "silu_and_multiply": "ppii",
+    "add_deltas": "pipiipppippppp" + "i",
+}
+"""Of each function in cpu.c: pointer, int64 or float per argument."""
 
 
 @functools.cache
@@ -30,24 +42,30 @@ def library() -> ctypes.PyDLL | None:
     if os.environ.get("LORASERVE_KERNELS") == "off" or compiler is None:
         return None
     try:
-        # Calls take microseconds: a PyDLL keeps the interpreter's lock, to give it up and fight for it would take longer.
-        return ctypes.PyDLL(str(_compiled(compiler)))
+        # Calls take microseconds: a PyDLL keeps the interpreter's lock, for to fight to get it back would take longer.
+        found = ctypes.PyDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         log.info("no C kernels, the model runs without them: %s", error)
         return None
+    for name, signature in SIGNATURES.items():
+        for dtype in ("f32", "bf16"):
+            function = getattr(found, f"{name}_{dtype}")
+            function.restype = None
+            function.argtypes = [TYPES[letter] for letter in signature]
+    return found
 
 
 def _compiled(compiler: str) -> Path:
     """Path of the shared library, compiled if this source, compiler and processor have not met before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    made_from = [SOURCE.read_text("utf-8"), version, *FLAGS, NATIVE, _processor()]
+    made_from = [SOURCE.read_text("utf-8"), version, *FLAGS, *NATIVE, _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             subprocess.run(
-                [compiler, *FLAGS, NATIVE, "-o", str(made), str(SOURCE), "-lm"],
+                [compiler, *FLAGS, *NATIVE, "-o", str(made), str(SOURCE), "-lm"],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             os.replace(made, path)

@@ -36,6 +36,19 @@ static inline float exp_of(float x) { /* relative error below 2e-7; written out 
     return p * scale.f;
 }
 
+#define WIDTH 16
+typedef float vector __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vector_u32 __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t vector_u16 __attribute__((vector_size(2 * WIDTH)));
+
+static inline float sum_of(vector x) {
+    float sum[WIDTH];
+    memcpy(sum, &x, sizeof x);
+    for (int step = WIDTH / 2; step; step /= 2)
+        for (int j = 0; j < step; j++) sum[j] += sum[j + step];
+    return sum[0];
+}
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define FN(name) JOIN(name, SUFFIX)
@@ -44,16 +57,22 @@ static inline float exp_of(float x) { /* relative error below 2e-7; written out 
 #define SUFFIX f32
 #define LOAD(x) (x)
 #define STORE(x) (x)
+#define VECTOR_OF_T(v) vector v
+#define LOAD_VECTOR(v) (v)
 #include "cpu.c"
 #undef T
 #undef SUFFIX
 #undef LOAD
 #undef STORE
+#undef VECTOR_OF_T
+#undef LOAD_VECTOR
 
 #define T uint16_t
 #define SUFFIX bf16
 #define LOAD(x) from_bf16(x)
 #define STORE(x) to_bf16(x)
+#define VECTOR_OF_T(v) vector_u16 v
+#define LOAD_VECTOR(v) ((vector)(__builtin_convertvector(v, vector_u32) << 16))
 #include "cpu.c"
 
 #else
@@ -114,6 +133,44 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
     }
 }
 
+static inline vector FN(load)(const T *x) {
+    VECTOR_OF_T(v);
+    memcpy(&v, x, sizeof v);
+    return LOAD_VECTOR(v);
+}
+
+/* The `group` queries (group, d) of one key head over its past (length, d), d of `lanes` vectors; out (group, d). */
+static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T *past_k, const T *past_v,
+                                                             int64_t length, int64_t group, const int64_t lanes,
+                                                             float scale, T *out) {
+    int64_t d = lanes * WIDTH;
+    float *scores = malloc(length * sizeof(float));
+    for (int64_t g = 0; g < group; g++) {
+        vector query[16], sum[16];
+        for (int64_t j = 0; j < lanes; j++) query[j] = FN(load)(q + g * d + j * WIDTH) * scale;
+        for (int64_t t = 0; t < length; t++) {
+            vector dot = query[0] * FN(load)(past_k + t * d);
+            for (int64_t j = 1; j < lanes; j++) dot += query[j] * FN(load)(past_k + t * d + j * WIDTH);
+            scores[t] = sum_of(dot);
+        }
+        float most = scores[0], total = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t t = 0; t < length; t++) most = scores[t] > most ? scores[t] : most;
+#pragma omp simd reduction(+ : total)
+        for (int64_t t = 0; t < length; t++) {
+            float bad = scores[t] - scores[t]; /* NaN for NaN and Inf, which exp_of would hide */
+            scores[t] = exp_of(scores[t] - most) + bad;
+            total += scores[t];
+        }
+        for (int64_t j = 0; j < lanes; j++) sum[j] = (vector){0};
+        for (int64_t t = 0; t < length; t++)
+            for (int64_t j = 0; j < lanes; j++) sum[j] += scores[t] * FN(load)(past_v + t * d + j * WIDTH);
+        for (int64_t j = 0; j < lanes; j++)
+            for (int64_t l = 0; l < WIDTH; l++) out[g * d + j * WIDTH + l] = STORE(sum[j][l] / total);
+    }
+    free(scores);
+}
+
 /* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
    Cache (slots, kv, max_len, d); q, k, v are heads of rows of `stride`; out (n, h, d). */
 void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T *keys, T *values, int64_t max_len,
@@ -127,54 +184,23 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T 
             memcpy(keys + at, k + i * stride + head * d, d * sizeof(T));
             memcpy(values + at, v + i * stride + head * d, d * sizeof(T));
         }
+#define ATTEND(lanes)                                                                                                  \
+    FN(attend)(q + i * stride + head * group * d, past_k, past_v, length, group, lanes, scale,                         \
+               out + (i * h + head * group) * d)
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < decoding * kv; task++) {
         int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
         const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
         const T *past_v = values + (slots[i] * kv + head) * max_len * d;
-        float *scores = malloc((group * length + 2 * group * d + d) * sizeof(float));
-        float *query = scores + group * length, *sum = query + group * d, *row = sum + group * d;
-        for (int64_t g = 0; g < group; g++)
-#pragma omp simd
-            for (int64_t j = 0; j < d; j++) query[g * d + j] = LOAD(q[i * stride + (head * group + g) * d + j]) * scale;
-        for (int64_t t = 0; t < length; t++) {
-#pragma omp simd
-            for (int64_t j = 0; j < d; j++) row[j] = LOAD(past_k[t * d + j]);
-            for (int64_t g = 0; g < group; g++) {
-                float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (int64_t j = 0; j < d; j++) dot += query[g * d + j] * row[j];
-                scores[g * length + t] = dot;
-            }
+        switch (d / WIDTH) { /* of a constant width all vectors stay in registers */
+        case 4: ATTEND(4); break;
+        case 5: ATTEND(5); break;
+        case 6: ATTEND(6); break;
+        case 8: ATTEND(8); break;
+        default: ATTEND(d / WIDTH);
         }
-        memset(sum, 0, group * d * sizeof(float));
-        for (int64_t g = 0; g < group; g++) {
-            float *score = scores + g * length, most = score[0], total = 0;
-#pragma omp simd reduction(max : most)
-            for (int64_t t = 0; t < length; t++) most = score[t] > most ? score[t] : most;
-#pragma omp simd reduction(+ : total)
-            for (int64_t t = 0; t < length; t++) {
-                float bad = score[t] - score[t]; /* NaN for NaN and Inf, which exp_of would hide */
-                score[t] = exp_of(score[t] - most) + bad;
-                total += score[t];
-            }
-#pragma omp simd
-            for (int64_t t = 0; t < length; t++) score[t] /= total;
-        }
-        for (int64_t t = 0; t < length; t++) {
-#pragma omp simd
-            for (int64_t j = 0; j < d; j++) row[j] = LOAD(past_v[t * d + j]);
-            for (int64_t g = 0; g < group; g++) {
-                float p = scores[g * length + t];
-#pragma omp simd
-                for (int64_t j = 0; j < d; j++) sum[g * d + j] += p * row[j];
-            }
-        }
-        for (int64_t g = 0; g < group; g++)
-#pragma omp simd
-            for (int64_t j = 0; j < d; j++) out[(i * h + head * group + g) * d + j] = STORE(sum[g * d + j]);
-        free(scores);
     }
+#undef ATTEND
 }
 
 /* out (n, d) = silu(gate) * up, with gate and up side by side in rows of 2d. */
@@ -192,13 +218,16 @@ void FN(silu_and_multiply)(const T *gate_up, T *out, int64_t n, int64_t d) {
         }
 }
 
-/* y (n, width) += weight * scaling * B (A x) for entries (row, slot, weight), over the targets side by side in y.
+/* y (n, width) += weight * scaling * B (A x) for entries (row, slot, weight), sorted by slot; targets stand side by side.
    A and B hold pointers (slots, targets): to A (r, in), and to B transposed, (r, out). An absent target has r = 0. */
 void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries, const int64_t *rows,
                     const int64_t *slots, const float *weights, int64_t targets, const int64_t *widths,
                     const int64_t *A, const int64_t *B, const int64_t *ranks, const float *scaling, int64_t most) {
     float *inputs = malloc(entries * (in + targets * most) * sizeof(float)), *hidden = inputs + entries * in;
-    int64_t blocks = 0;
+    int64_t blocks = 0, runs = 0, *starts = malloc((entries + 1) * sizeof(int64_t));
+    for (int64_t e = 0; e < entries; e++)
+        if (e == 0 || slots[e] != slots[e - 1]) starts[runs++] = e;
+    starts[runs] = entries;
     for (int64_t t = 0; t < targets; t++) blocks += (widths[t] + 255) / 256;
 #pragma omp parallel
     {
@@ -207,15 +236,18 @@ void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries
 #pragma omp simd
             for (int64_t j = 0; j < in; j++) inputs[e * in + j] = LOAD(x[rows[e] * in + j]);
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < entries * targets * most; task++) {
-            int64_t e = task / (targets * most), t = task / most % targets, r = task % most;
-            int64_t at = slots[e] * targets + t;
+        for (int64_t task = 0; task < runs * targets * most; task++) {
+            int64_t run = task / (targets * most), t = task / most % targets, r = task % most;
+            int64_t at = slots[starts[run]] * targets + t;
             if (r >= ranks[at]) continue;
-            const float *a = (const float *)A[at] + r * in, *input = inputs + e * in;
-            float dot = 0;
+            const float *a = (const float *)A[at] + r * in;
+            for (int64_t e = starts[run]; e < starts[run + 1]; e++) { /* a row of A is read once for all of them */
+                const float *input = inputs + e * in;
+                float dot = 0;
 #pragma omp simd reduction(+ : dot)
-            for (int64_t j = 0; j < in; j++) dot += a[j] * input[j];
-            hidden[task] = dot * weights[e] * scaling[at];
+                for (int64_t j = 0; j < in; j++) dot += a[j] * input[j];
+                hidden[(e * targets + t) * most + r] = dot * weights[e] * scaling[at];
+            }
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
@@ -241,6 +273,7 @@ void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries
         }
     }
     free(inputs);
+    free(starts);
 }
 
 #endif

@@ -3,7 +3,6 @@
 Activations are float32 or bfloat16; whatever is said to be float32 is. Callers see to contiguity.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +11,14 @@ from torch import Tensor
 from loraserve.kernels.build import library
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MAX_HEAD_DIM = 512
+LANES, MAX_HEAD_DIM = 16, 256
+"""Heads are read in vectors of so many numbers."""
 
 
-def available(dtype: torch.dtype) -> bool:
-    """Whether the kernels run here for activations of `dtype`."""
-    return dtype in DTYPES and library() is not None
+def available(dtype: torch.dtype, head_dim: int = LANES) -> bool:
+    """Whether the kernels run here for activations of `dtype` and heads of `head_dim`."""
+    fits = head_dim % LANES == 0 and head_dim <= MAX_HEAD_DIM
+    return fits and dtype in DTYPES and library() is not None
 
 
 def add_rms_norm(
@@ -26,7 +27,7 @@ def add_rms_norm(
     """Add y (N, D) to x (N, D) float32 in place and return the normed sum, times weight (D,) float32, in `dtype`."""
     out = torch.empty(x.shape, dtype=dtype)
     n, d = x.shape
-    _call("add_rms_norm", dtype, x, y, weight, out, n, d, ctypes.c_float(eps), int(cast_first))
+    _call("add_rms_norm", dtype, x, y, weight, out, n, d, eps, int(cast_first))
     return out
 
 
@@ -48,7 +49,7 @@ def norm_and_rotate(
         positions: (N,) int64.
     """
     q_norm, k_norm = norms or (None, None)
-    _call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, ctypes.c_float(eps), int(cast_first),
+    _call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, eps, int(cast_first),
           table, positions)  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def store_and_attend(
     """
     n, h, d = q.shape
     _call("store_and_attend", q.dtype, q, k, v, q.stride(0), keys, values, keys.shape[2], slots, positions, n, decoding,
-          h, k.shape[1], d, ctypes.c_float(d**-0.5), out)  # fmt: skip
+          h, k.shape[1], d, d**-0.5, out)  # fmt: skip
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
@@ -98,9 +99,7 @@ class Deltas:
               self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
 
 
-def _call(name: str, dtype: torch.dtype, *args: Tensor | int | ctypes.c_float | None) -> None:
-    found = library()
-    assert found is not None
-    function = getattr(found, f"{name}_{DTYPES[dtype]}")
-    function(*[ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a
-               for a in args])  # fmt: skip
+def _call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
+    """Call a kernel. Pointers and int64 pass as they are, for all arguments are declared so but the floats."""
+    function = getattr(library(), f"{name}_{DTYPES[dtype]}")
+    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
