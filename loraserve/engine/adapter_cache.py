@@ -1,4 +1,4 @@
-"""Adapters on the device, in float32 as they are trained: loaded when first asked for, kept until memory is short.
+"""Adapters on the device, in the base's dtype: loaded when first asked for, kept until memory is short.
 
 A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and
 a republished adapter is another object from the next request on.
@@ -24,9 +24,10 @@ class AdapterCache:
             larger.
     """
 
-    def __init__(self, registry: Registry, device: torch.device, capacity: int) -> None:
+    def __init__(self, registry: Registry, device: torch.device, dtype: torch.dtype, capacity: int) -> None:
         self._registry = registry
         self._device = device
+        self._dtype = dtype
         self._capacity = capacity
         self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
         self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()  # also those that only a request still holds
@@ -72,7 +73,7 @@ class AdapterCache:
             version = self._registry.get(name).signature
             if adapter := self._held(name, version):  # another thread has just loaded it
                 return adapter
-            adapter = self._registry.load(name).to(self._device, torch.float32)
+            adapter = self._registry.load(name).to(self._device, self._dtype)
             with self._lock:
                 self._make_room(name, adapter.num_bytes, beside)
                 self._alive.add(adapter)

@@ -139,7 +139,7 @@ class Service:
         self.base = base
         self.registry = registry
         self.max_queue = max_queue
-        self.adapters = AdapterCache(registry, base.device, adapter_memory)
+        self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
         cache = KVCache(base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
         scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache), scheduler)

@@ -240,12 +240,12 @@ void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries
             int64_t run = task / (targets * most), t = task / most % targets, r = task % most;
             int64_t at = slots[starts[run]] * targets + t;
             if (r >= ranks[at]) continue;
-            const float *a = (const float *)A[at] + r * in;
+            const T *a = (const T *)A[at] + r * in;
             for (int64_t e = starts[run]; e < starts[run + 1]; e++) { /* a row of A is read once for all of them */
                 const float *input = inputs + e * in;
                 float dot = 0;
 #pragma omp simd reduction(+ : dot)
-                for (int64_t j = 0; j < in; j++) dot += a[j] * input[j];
+                for (int64_t j = 0; j < in; j++) dot += LOAD(a[j]) * input[j];
                 hidden[(e * targets + t) * most + r] = dot * weights[e] * scaling[at];
             }
         }
@@ -263,9 +263,9 @@ void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries
 #pragma omp simd
                 for (int64_t j = 0; j < count; j++) sum[j] = LOAD(to[j]);
                 for (int64_t r = 0; r < ranks[at]; r++) {
-                    const float *bt = (const float *)B[at] + r * widths[t] + from;
+                    const T *bt = (const T *)B[at] + r * widths[t] + from;
 #pragma omp simd
-                    for (int64_t j = 0; j < count; j++) sum[j] += h[r] * bt[j];
+                    for (int64_t j = 0; j < count; j++) sum[j] += h[r] * LOAD(bt[j]);
                 }
 #pragma omp simd
                 for (int64_t j = 0; j < count; j++) to[j] = STORE(sum[j]);

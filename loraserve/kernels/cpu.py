@@ -75,16 +75,23 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 
 
 class Deltas:
-    """What adapters do to layers of one input, as the kernel wants it: pointers to float32 A (r, in) and Bᵀ (r, out).
+    """What adapters do to layers of one input, as the kernel wants it: pointers to A (r, in) and Bᵀ (r, out), of one dtype.
 
     Args:
-        weights: per adapter and target A (r, in), B (out, r) and scaling, or None.
+        weights: per adapter and target A (r, in), B (out, r) and scaling, or None. A contiguous A and Bᵀ are not copied.
         widths: out_features of each target.
+        dtype: of A, B and the activations.
     """
 
-    def __init__(self, weights: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]], widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]],
+        widths: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
         cells = [cell for row in weights for cell in row]
-        self._kept = [(c[0].float().contiguous(), c[1].float().T.contiguous()) if c else None for c in cells]
+        self._dtype = dtype
+        self._kept = [(c[0].to(dtype).contiguous(), c[1].to(dtype).T.contiguous()) if c else None for c in cells]
         self._A = torch.tensor([k[0].data_ptr() if k else 0 for k in self._kept])
         self._B = torch.tensor([k[1].data_ptr() if k else 0 for k in self._kept])
         ranks = [k[0].shape[0] if k else 0 for k in self._kept]
@@ -95,7 +102,7 @@ class Deltas:
 
     def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
         """Add to y (N, Σout) in place what entries (row, slot, weight) ask for; x (N, in)."""
-        _call("add_deltas", x.dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights, len(self._widths),
+        _call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights, len(self._widths),
               self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
 
 

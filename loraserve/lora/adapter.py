@@ -63,9 +63,10 @@ class Adapter:
         return sum(t.numel() * t.element_size() for w in self.weights.values() for t in (w.A, w.B))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
-        """The same adapter with A and B on `device` in `dtype`."""
+        """The same adapter with A and B on `device` in `dtype`, B laid out by columns, which is how a delta reads it."""
         moved = {
-            t: LoraWeight(w.A.to(device, dtype), w.B.to(device, dtype), w.scaling) for t, w in self.weights.items()
+            t: LoraWeight(w.A.to(device, dtype).contiguous(), w.B.to(device, dtype).T.contiguous().T, w.scaling)
+            for t, w in self.weights.items()
         }
         return Adapter(moved, self.name)
 

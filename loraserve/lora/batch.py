@@ -79,7 +79,7 @@ class _Few:
     weights: Tensor
 
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
-        if (deltas := self.stack.deltas(targets, widths)) is not None:
+        if (deltas := self.stack.deltas(targets, widths, x.dtype)) is not None:
             deltas.add(x.contiguous(), y, self.rows, self.slots, self.weights)
 
 
@@ -151,7 +151,8 @@ class LoraBatch:
             y: their outputs side by side (N, Σout); written in place and returned.
         """
         if self._plan is None:
-            kernel = x.device.type == "cpu" and cpu.available(x.dtype) and not torch.is_grad_enabled()
+            kernel = x.device.type == "cpu" and x.dtype == y.dtype and cpu.available(x.dtype)
+            kernel = kernel and not torch.is_grad_enabled()
             self._plan = self._plan_for_kernel() if kernel else self._plan_for_groups(range(len(self.stack.adapters)))
         for work in self._plan:
             work.add(targets, widths, x, y)

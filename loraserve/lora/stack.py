@@ -81,12 +81,12 @@ class AdapterStack:
         for slot, weights in enumerate(self.adapters):
             layouts.setdefault(tuple(sorted((target, w.r) for target, w in weights.items())), []).append(slot)
         self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
-        self._deltas: dict[tuple[str, ...], Deltas | None] = {}
+        self._deltas: dict[tuple[tuple[str, ...], torch.dtype], Deltas | None] = {}
 
-    def deltas(self, targets: tuple[str, ...], widths: Sequence[int]) -> Deltas | None:
+    def deltas(self, targets: tuple[str, ...], widths: Sequence[int], dtype: torch.dtype) -> Deltas | None:
         """The adapters at layers of one input for the CPU's kernel; None if none of them touches these."""
-        if targets not in self._deltas:
+        if (targets, dtype) not in self._deltas:
             cells = [[(weights[t].A, weights[t].B, weights[t].scaling) if t in weights else None for t in targets]
                      for weights in self.adapters]  # fmt: skip
-            self._deltas[targets] = Deltas(cells, widths) if any(any(row) for row in cells) else None
-        return self._deltas[targets]
+            self._deltas[targets, dtype] = Deltas(cells, widths, dtype) if any(any(row) for row in cells) else None
+        return self._deltas[targets, dtype]
