@@ -4,7 +4,7 @@ Between two matrix products one kernel does all there is to do, and the residual
 with packed weights only; the plain pass is the tests' oracle.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from loraserve.kernels import cpu
 from loraserve.lora.batch import LoraBatch
 
 if TYPE_CHECKING:
-    from loraserve.base.model import Decoder, RMSNorm, SelfAttention, SwiGLU
+    from loraserve.base.model import Block, Decoder, RMSNorm, SelfAttention, SwiGLU
 
 
 def hidden_states(
@@ -28,7 +28,7 @@ def hidden_states(
     def add_and_norm(norm: "RMSNorm") -> Tensor:
         return cpu.add_rms_norm(x, y, norm.weight_in_float32, norm.eps, not norm.in_float32, dtype)
 
-    for layer in decoder.layers:
+    for layer in cast("list[Block]", decoder.layers):
         y = _attention(layer.self_attn, add_and_norm(layer.input_layernorm), table, positions, attention, lora)
         y = layer.mlp(add_and_norm(layer.post_attention_layernorm), lora)
     return add_and_norm(decoder.norm)

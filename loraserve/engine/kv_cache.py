@@ -52,8 +52,8 @@ class CachedAttention:
         self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype, cache.keys[0].shape[3])
         self.max_position = max(chunk.start + chunk.count for chunk in chunks)
         slots = [chunk.sequence.slot for chunk in chunks]
-        rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
-        self._slots = torch.tensor(rows).to(device)  # (N,)
+        of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
+        self._slots = torch.tensor(of_rows, device=device)  # (N,)
         self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
         if b:
             self._length = max(chunk.start for chunk in chunks[:b]) + 1

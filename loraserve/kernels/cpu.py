@@ -75,10 +75,10 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
 
 
 class Deltas:
-    """What adapters do to layers of one input, as the kernel wants it: pointers to A (r, in) and Bᵀ (r, out), of one dtype.
+    """What adapters do to layers of one input, as the kernel wants it: pointers to A (r, in) and Bᵀ (r, out).
 
     Args:
-        weights: per adapter and target A (r, in), B (out, r) and scaling, or None. A contiguous A and Bᵀ are not copied.
+        weights: per adapter and target A (r, in), B (out, r) and scaling, or None. Contiguous A and Bᵀ are not copied.
         widths: out_features of each target.
         dtype: of A, B and the activations.
     """
@@ -102,8 +102,8 @@ class Deltas:
 
     def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
         """Add to y (N, Σout) in place what entries (row, slot, weight) ask for; x (N, in)."""
-        _call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights, len(self._widths),
-              self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
+        _call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
+              len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:

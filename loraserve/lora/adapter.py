@@ -63,7 +63,7 @@ class Adapter:
         return sum(t.numel() * t.element_size() for w in self.weights.values() for t in (w.A, w.B))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
-        """The same adapter with A and B on `device` in `dtype`, B laid out by columns, which is how a delta reads it."""
+        """The same adapter with A and B on `device` in `dtype`; B lies there by columns, as a delta reads it."""
         moved = {
             t: LoraWeight(w.A.to(device, dtype).contiguous(), w.B.to(device, dtype).T.contiguous().T, w.scaling)
             for t, w in self.weights.items()

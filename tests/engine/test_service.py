@@ -269,7 +269,7 @@ def test_cancelling_wakes_a_thread_that_waits_and_late_calls_fail(base, registry
         service.logits([5])
 
 
-def test_adapters_serve_in_float32_beside_a_bfloat16_base(tiny_base_dir, registry) -> None:
+def test_adapters_serve_in_the_dtype_of_their_base(tiny_base_dir, registry) -> None:
     from loraserve.base.load import load_base
 
     half = load_base(str(tiny_base_dir), device="cpu", dtype="bfloat16")
@@ -277,8 +277,8 @@ def test_adapters_serve_in_float32_beside_a_bfloat16_base(tiny_base_dir, registr
     ((adapter, _),) = service.adapters.resolve(parse_spec("b"))
     stored = registry.load("b")
     for target, weight in adapter.weights.items():
-        assert weight.A.dtype == torch.float32
-        assert torch.equal(weight.A, stored.weights[target].A.float())
+        assert torch.equal(weight.A, stored.weights[target].A.bfloat16())
+        assert torch.equal(weight.B, stored.weights[target].B.bfloat16())
     service.start()
     try:
         full = Service(load_base(str(tiny_base_dir), device="cpu", dtype="float32"), registry, max_model_len=192)
