@@ -14,6 +14,8 @@ COPY loraserve loraserve
 RUN /opt/loraserve/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM python:3.11-slim
+# The compiler makes the CPU's kernels at the first start, for the processor it then runs on.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 loraserve
 COPY --from=build /opt/loraserve /opt/loraserve
 COPY --chown=loraserve adapters /data/adapters
