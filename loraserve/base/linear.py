@@ -60,16 +60,18 @@ class Joint(nn.Module):
         On a CPU in bfloat16 they are also reordered for oneDNN, a copy of its own; elsewhere the layers' weights become
         views of the joint one.
         """
+        if self._weight is not None:
+            return
         weights = [layer.weight.detach() for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        reorder = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._is_reordered = reorder and torch.backends.mkldnn.is_available()
-        if self._is_reordered:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            return
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            self._is_reordered = True
+        else:
+            for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
+                layer.weight.data = part
         self._weight = weight
-        for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
-            layer.weight.data = part
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, ...]:
         """Return (N, out) of each layer for x (N, in)."""

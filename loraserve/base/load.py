@@ -15,6 +15,7 @@ from loraserve.base.model import Model
 from loraserve.base.resolve import resolve_base, tokenizer_path
 from loraserve.base.tokenizer import Tokenizer
 from loraserve.errors import CheckpointError, InvalidRequest
+from loraserve.kernels.threads import apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +65,10 @@ def load_base(
         ModelNotFound, CheckpointError: see `resolve_base` and `read_checkpoint`.
         InvalidRequest: a device or dtype that does not exist here.
     """
+    return apart(_load, ref, device, dtype, tokenizer, num_attention_heads)
+
+
+def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attention_heads: int | None) -> Base:
     path = resolve_base(ref)
     where = pick_device(device)
     what = pick_dtype(dtype, where)

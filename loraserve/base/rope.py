@@ -70,12 +70,13 @@ class Rope(torch.nn.Module):
 
     def reach(self, limit: int) -> Tensor:
         """Return the table (positions, 2, head_dim), cos and sin of at least `limit` positions."""
-        if self.table.shape[0] < limit:
+        table = self.table
+        if table.shape[0] < limit:
             limit = 1 << (limit - 1).bit_length()  # doubling: decoding asks for one more each step
             angles = torch.outer(torch.arange(limit, device=self.freqs.device).float(), self.freqs.float())
             angles = torch.cat([angles, angles], dim=-1)  # (limit, D)
-            self.table = torch.stack([angles.cos(), angles.sin()], dim=1) * self.factor
-        return self.table
+            self.table = table = torch.stack([angles.cos(), angles.sin()], dim=1) * self.factor
+        return table
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters on the device, in the base's dtype: loaded when first asked for, kept until memory is short.
+"""Adapters on the device, ready to serve: loaded when first asked for, kept until memory is short.
 
 A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and
 a republished adapter is another object from the next request on.
@@ -11,9 +11,15 @@ from collections import OrderedDict
 import torch
 
 from loraserve.errors import InvalidRequest, QueueFull
+from loraserve.kernels.threads import apart
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec
 from loraserve.registry import Registry
+
+
+def serving_dtype(base: torch.dtype) -> torch.dtype:
+    """What adapters beside a base of that dtype compute in: the same, but float32 where float16 would overflow."""
+    return torch.float32 if base == torch.float16 else base
 
 
 class AdapterCache:
@@ -27,7 +33,7 @@ class AdapterCache:
     def __init__(self, registry: Registry, device: torch.device, dtype: torch.dtype, capacity: int) -> None:
         self._registry = registry
         self._device = device
-        self._dtype = dtype
+        self._dtype = serving_dtype(dtype)
         self._capacity = capacity
         self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
         self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()  # also those that only a request still holds
@@ -73,12 +79,15 @@ class AdapterCache:
             version = self._registry.get(name).signature
             if adapter := self._held(name, version):  # another thread has just loaded it
                 return adapter
-            adapter = self._registry.load(name).to(self._device, self._dtype)
+            adapter = apart(self._load, name)
             with self._lock:
                 self._make_room(name, adapter.num_bytes, beside)
                 self._alive.add(adapter)
                 self._loaded[name] = (version, adapter)
             return adapter
+
+    def _load(self, name: str) -> Adapter:
+        return self._registry.load(name).to(self._device, self._dtype)
 
     def _held(self, name: str, version: object) -> Adapter | None:
         with self._lock:

@@ -16,6 +16,7 @@ from loraserve.base.attention import PackedAttention
 from loraserve.base.checkpoint import Checkpoint
 from loraserve.base.load import Base, build_model
 from loraserve.base.model import Model
+from loraserve.engine.adapter_cache import serving_dtype
 from loraserve.engine.engine import Engine
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
@@ -77,7 +78,7 @@ def compare(base: Base, adapters: Weighted, merged: Checkpoint, prompts: List[st
         merged: read back from where it was written.
         prompts: what a user says; rendered in the base's own template, if it has one.
     """
-    active = tuple((adapter.to(base.device, torch.float32), factor) for adapter, factor in adapters)
+    active = tuple((adapter.to(base.device, serving_dtype(base.dtype)), factor) for adapter, factor in adapters)
     chats = base.template.source is not None
     rendered = [base.template.render([{"role": "user", "content": p}]) if chats else p for p in prompts]
     limit = base.config.max_position_embeddings

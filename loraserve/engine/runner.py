@@ -7,6 +7,7 @@ from loraserve.engine.kv_cache import CachedAttention, KVCache
 from loraserve.engine.sampler import sample
 from loraserve.engine.scheduler import Chunk
 from loraserve.engine.sequence import Sequence, Token
+from loraserve.kernels.threads import apart
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
@@ -17,7 +18,7 @@ class Runner:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model = model
-        model.pack()
+        apart(model.pack)
         self._cache = cache
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,9 +29,9 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 SIGNATURES = {
     "add_rms_norm": "ppppiifi",
     "norm_and_rotate": "piiiiippfipp",
-    "store_and_attend": "pppippippiiiiifp",
+    "store_and_attend": "pppippippiiiiifppi",
     "silu_and_multiply": "ppii",
-    "add_deltas": "pipiipppippppp" + "i",
+    "add_deltas": "pipiipppipppppip",
 }
 """Of each function in cpu.c: pointer, int64 or float per argument."""
 
@@ -42,11 +43,21 @@ def library() -> ctypes.PyDLL | None:
     if os.environ.get("LORASERVE_KERNELS") == "off" or compiler is None:
         return None
     try:
-        # Calls take microseconds: a PyDLL keeps the interpreter's lock, for to fight to get it back would take longer.
-        found = ctypes.PyDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("no C kernels, the model runs without them: %s", error)
+        return _load(compiler)
+    # Whatever is missing here, from a home directory to a symbol, nobody needs the kernels.
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("no C kernels, the model runs slower without them: %s", error)
         return None
+
+
+def _load(compiler: str) -> ctypes.PyDLL:
+    path = _compiled(compiler)
+    try:
+        # Calls take microseconds: a PyDLL keeps the interpreter's lock, for to fight to get it back would take longer.
+        found = ctypes.PyDLL(str(path))
+    except OSError:  # broken, by a full disk perhaps
+        path.unlink(missing_ok=True)
+        found = ctypes.PyDLL(str(_compiled(compiler)))
     for name, signature in SIGNATURES.items():
         for dtype in ("f32", "bf16"):
             function = getattr(found, f"{name}_{dtype}")
@@ -61,6 +72,8 @@ def _compiled(compiler: str) -> Path:
     made_from = [SOURCE.read_text("utf-8"), version, *FLAGS, *NATIVE, _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
+    if path.is_symlink() or (path.exists() and path.stat().st_uid != os.getuid()):
+        raise OSError(f"{path} was not made by this user")
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
@@ -74,10 +87,11 @@ def _compiled(compiler: str) -> Path:
 
 def _cache() -> Path:
     """A directory of the user's own: a library that others can write must not be loaded."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraserve"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraserve" / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user")
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by other users; remove it, or chmod 700 it")
     return folder
 
 

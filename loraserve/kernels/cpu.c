@@ -1,13 +1,13 @@
 /* What lies between the matrix products of a decoding step, for a CPU. `cpu.py` compiles and calls it.
 
    Every function exists for float32 and for bfloat16 activations (suffix _f32, _bf16); sums are float32. A row's result
-   depends on that row alone, never on its neighbours or on the number of threads. */
+   depends on that row alone, never on its neighbours or on the number of threads; only the roundings of a blend follow
+   the order of its entries. */
 
 #ifndef T
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 static inline float from_bf16(uint16_t x) {
@@ -37,6 +37,7 @@ static inline float exp_of(float x) { /* relative error below 2e-7; written out 
 }
 
 #define WIDTH 16
+#define MAX_HEAD_DIM 256
 typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * WIDTH)));
@@ -108,7 +109,7 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
         for (int64_t head = 0; head < h + kv; head++) {
             T *x = qkv + i * stride + head * d;
             const float *w = head < h ? q_norm : k_norm;
-            float v[512];
+            float v[MAX_HEAD_DIM];
 #pragma omp simd
             for (int64_t j = 0; j < d; j++) v[j] = LOAD(x[j]);
             if (w) {
@@ -142,11 +143,10 @@ static inline vector FN(load)(const T *x) {
 /* The `group` queries (group, d) of one key head over its past (length, d), d of `lanes` vectors; out (group, d). */
 static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T *past_k, const T *past_v,
                                                              int64_t length, int64_t group, const int64_t lanes,
-                                                             float scale, T *out) {
+                                                             float scale, T *out, float *scores) {
     int64_t d = lanes * WIDTH;
-    float *scores = malloc(length * sizeof(float));
     for (int64_t g = 0; g < group; g++) {
-        vector query[16], sum[16];
+        vector query[MAX_HEAD_DIM / WIDTH], sum[MAX_HEAD_DIM / WIDTH];
         for (int64_t j = 0; j < lanes; j++) query[j] = FN(load)(q + g * d + j * WIDTH) * scale;
         for (int64_t t = 0; t < length; t++) {
             vector dot = query[0] * FN(load)(past_k + t * d);
@@ -168,14 +168,13 @@ static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T
         for (int64_t j = 0; j < lanes; j++)
             for (int64_t l = 0; l < WIDTH; l++) out[g * d + j * WIDTH + l] = STORE(sum[j][l] / total);
     }
-    free(scores);
 }
 
 /* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
-   Cache (slots, kv, max_len, d); q, k, v are heads of rows of `stride`; out (n, h, d). */
+   Cache (slots, kv, max_len, d); q, k, v are heads of rows of `stride`; out (n, h, d); scratch (decoding, kv, longest). */
 void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T *keys, T *values, int64_t max_len,
                           const int64_t *slots, const int64_t *positions, int64_t n, int64_t decoding, int64_t h,
-                          int64_t kv, int64_t d, float scale, T *out) {
+                          int64_t kv, int64_t d, float scale, T *out, float *scratch, int64_t longest) {
     int64_t group = h / kv;
 #pragma omp parallel for if (n > 1)
     for (int64_t i = 0; i < n; i++)
@@ -186,8 +185,8 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T 
         }
 #define ATTEND(lanes)                                                                                                  \
     FN(attend)(q + i * stride + head * group * d, past_k, past_v, length, group, lanes, scale,                         \
-               out + (i * h + head * group) * d)
-#pragma omp parallel for schedule(dynamic)
+               out + (i * h + head * group) * d, scratch + task * longest)
+#pragma omp parallel for schedule(dynamic) if (decoding * kv > 1)
     for (int64_t task = 0; task < decoding * kv; task++) {
         int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
         const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
@@ -213,18 +212,21 @@ void FN(silu_and_multiply)(const T *gate_up, T *out, int64_t n, int64_t d) {
 #pragma omp simd
             for (int64_t j = block; j < end; j++) {
                 float x = LOAD(gate[j]);
-                out[i * d + j] = STORE(x / (1.0f + exp_of(-x)) * LOAD(up[j]) + (x - x));
+                float silu = x < -87.0f ? 0.0f : x / (1.0f + exp_of(-x));
+                out[i * d + j] = STORE(silu * LOAD(up[j]) + (x - x)); /* x - x is NaN where x is not finite */
             }
         }
 }
 
 /* y (n, width) += weight * scaling * B (A x) for entries (row, slot, weight), sorted by slot; targets stand side by side.
-   A and B hold pointers (slots, targets): to A (r, in), and to B transposed, (r, out). An absent target has r = 0. */
+   A and B hold pointers (slots, targets): to A (r, in), and to B transposed, (r, out). An absent target has r = 0.
+   scratch: entries * (in + targets * most) floats, an even number, and entries + 1 int64. */
 void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries, const int64_t *rows,
                     const int64_t *slots, const float *weights, int64_t targets, const int64_t *widths,
-                    const int64_t *A, const int64_t *B, const int64_t *ranks, const float *scaling, int64_t most) {
-    float *inputs = malloc(entries * (in + targets * most) * sizeof(float)), *hidden = inputs + entries * in;
-    int64_t blocks = 0, runs = 0, *starts = malloc((entries + 1) * sizeof(int64_t));
+                    const int64_t *A, const int64_t *B, const int64_t *ranks, const float *scaling, int64_t most,
+                    float *scratch) {
+    float *inputs = scratch, *hidden = inputs + entries * in;
+    int64_t blocks = 0, runs = 0, *starts = (int64_t *)(scratch + (entries * (in + targets * most) + 1) / 2 * 2);
     for (int64_t e = 0; e < entries; e++)
         if (e == 0 || slots[e] != slots[e - 1]) starts[runs++] = e;
     starts[runs] = entries;
@@ -272,8 +274,6 @@ void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries
             }
         }
     }
-    free(inputs);
-    free(starts);
 }
 
 #endif

@@ -62,8 +62,12 @@ def store_and_attend(
     q, k and v are views of rows of one width. `out` (N, H, D) gets those rows.
     """
     n, h, d = q.shape
+    assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype == out.dtype
+    assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
+    longest = keys.shape[2] if decoding else 0
+    scratch = torch.empty(decoding, k.shape[1], longest)
     _call("store_and_attend", q.dtype, q, k, v, q.stride(0), keys, values, keys.shape[2], slots, positions, n, decoding,
-          h, k.shape[1], d, d**-0.5, out)  # fmt: skip
+          h, k.shape[1], d, d**-0.5, out, scratch, longest)  # fmt: skip
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
@@ -101,9 +105,13 @@ class Deltas:
         self._most = max(ranks)
 
     def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
-        """Add to y (N, Σout) in place what entries (row, slot, weight) ask for; x (N, in)."""
+        """Add to y (N, Σout) in place what entries (row, slot, weight), sorted by slot, ask for; x (N, in)."""
+        assert x.dtype == y.dtype == self._dtype and x.is_contiguous() and y.is_contiguous()
+        floats = len(rows) * (x.shape[1] + len(self._widths) * self._most)
+        scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))
         _call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
-              len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most)  # fmt: skip
+              len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,
+              scratch)  # fmt: skip
 
 
 def _call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:

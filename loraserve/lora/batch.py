@@ -4,8 +4,8 @@
 
 Rows n are tokens; slots s are the adapters active in this step; W (N, S) holds each row's weights (several per row for
 a blend, none for the base). A row meets the adapters it asked for and no other: many rows of one adapter take a product
-of their own, and the few rows that each of many adapters has while decoding share one batched product. A and B stay as
-they were trained; `weight · scaling` multiplies xAᵀ in float32, in training and in serving alike.
+of their own, and the few rows that each of many adapters has while decoding share one batched product. A and B are
+never scaled themselves; `weight · scaling` multiplies xAᵀ in float32, in training and in serving alike.
 
 Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
 no row has an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests'
@@ -97,7 +97,7 @@ class LoraBatch:
         self.stack = stack
         self.row_weights = row_weights
         self._device = device
-        self._plan: list[_Alone | _Together | _Few] | None = None
+        self._plans: dict[bool, list[_Alone | _Together | _Few]] = {}
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
@@ -150,11 +150,12 @@ class LoraBatch:
             x: their input (N, in).
             y: their outputs side by side (N, Σout); written in place and returned.
         """
-        if self._plan is None:
-            kernel = x.device.type == "cpu" and x.dtype == y.dtype and cpu.available(x.dtype)
-            kernel = kernel and not torch.is_grad_enabled()
-            self._plan = self._plan_for_kernel() if kernel else self._plan_for_groups(range(len(self.stack.adapters)))
-        for work in self._plan:
+        kernel = x.device.type == "cpu" and x.dtype == y.dtype and cpu.available(x.dtype)
+        kernel = kernel and not torch.is_grad_enabled()
+        if kernel not in self._plans:
+            slots = range(len(self.stack.adapters))
+            self._plans[kernel] = self._plan_for_kernel() if kernel else self._plan_for_groups(slots)
+        for work in self._plans[kernel]:
             work.add(targets, widths, x, y)
         return y
 

@@ -88,5 +88,8 @@ class AdapterStack:
         if (targets, dtype) not in self._deltas:
             cells = [[(weights[t].A, weights[t].B, weights[t].scaling) if t in weights else None for t in targets]
                      for weights in self.adapters]  # fmt: skip
-            self._deltas[targets, dtype] = Deltas(cells, widths, dtype) if any(any(row) for row in cells) else None
+            deltas = Deltas(cells, widths, dtype) if any(any(row) for row in cells) else None
+            if any(cell[0].requires_grad for row in cells for cell in row if cell):
+                return deltas  # in training it changes with each step
+            self._deltas[targets, dtype] = deltas
         return self._deltas[targets, dtype]

@@ -1,5 +1,6 @@
 """Where the kernels come from, and that nothing needs them."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,15 +31,13 @@ def home(tmp_path: Path) -> dict[str, str]:
 
 
 def test_answers_are_the_same_with_kernels_turned_off_and_without_a_compiler(home: dict[str, str]) -> None:
-    import shutil
-
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
     path = {"PATH": "/usr/bin:/bin"}
     kernels = answer("pirate", **home, **path)
     assert kernels[0] == "True"
     assert "matey" in kernels[1]
-    (made,) = Path(home["XDG_CACHE_HOME"], "loraserve").glob("*.so")
+    (made,) = Path(home["XDG_CACHE_HOME"], "loraserve", "kernels").glob("*.so")
     stamp = made.stat().st_mtime_ns
     assert answer("pirate", **home, **path, LORASERVE_KERNELS="off") == ("False", kernels[1])
     assert answer("pirate", **home, PATH="/nowhere") == ("False", kernels[1])
@@ -60,3 +59,22 @@ def test_a_cache_that_cannot_be_written_is_no_error(home: dict[str, str], tmp_pa
     found, text = answer("base", **home, PATH="/usr/bin:/bin")
     assert found == "False"
     assert text.strip()
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(home: dict[str, str]) -> None:
+    folder = Path(home["XDG_CACHE_HOME"], "loraserve", "kernels")
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    found, text = answer("base", **home, PATH="/usr/bin:/bin")
+    assert found == "False"
+    assert text.strip()
+
+
+def test_a_broken_library_is_compiled_anew(home: dict[str, str]) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    whole = answer("base", **home, PATH="/usr/bin:/bin")
+    (made,) = Path(home["XDG_CACHE_HOME"], "loraserve", "kernels").glob("*.so")
+    made.write_bytes(made.read_bytes()[:100])
+    assert answer("base", **home, PATH="/usr/bin:/bin") == whole
+    assert whole[0] == "True"
