@@ -25,6 +25,7 @@ from loraserve.engine.sequence import Sequence, Token
 from loraserve.engine.text import Piece, TextStream
 from loraserve.engine.worker import Worker
 from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
+from loraserve.kernels.threads import apart
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.spec import Spec
 from loraserve.lora.stack import AdapterStack
@@ -140,7 +141,7 @@ class Service:
         self.registry = registry
         self.max_queue = max_queue
         self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
-        cache = KVCache(base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
+        cache = apart(KVCache, base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
         scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
