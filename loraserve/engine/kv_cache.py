@@ -55,14 +55,14 @@ class CachedAttention:
         of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
         self._slots = torch.tensor(of_rows, device=device)  # (N,)
         self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
-        if b:
+        self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
+        if b and not self._kernels:
             self._length = max(chunk.start for chunk in chunks[:b]) + 1
             seen = torch.arange(self._length, device=device) <= positions[:b, None]  # (B, L)
             self._seen = seen[:, None, None]  # (B, 1, 1, L)
             first = slots[0]
             dense = slots[:b] == list(range(first, first + b))
             self._decoding: slice | Tensor = slice(first, first + b) if dense else self._slots[:b]
-        self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         row = b
         for chunk in chunks[b:]:
             rows, end = slice(row, row + chunk.count), chunk.start + chunk.count
@@ -76,13 +76,12 @@ class CachedAttention:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
         b = self._num_decoding
-        if self._kernels and (len(q) == 1 or q.stride() == k.stride() == v.stride()):
-            cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, out)
-            b = 0
+        if self._kernels:
+            cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out)
         else:
             keys[self._slots, :, self._positions] = k
             values[self._slots, :, self._positions] = v
-        if b:
+        if b and not self._kernels:
             # The H/KV query heads that share a key head stand as that head's queries: no key is repeated.
             grouped = q[:b].unflatten(1, (k.shape[1], -1))  # (B, KV, G, D)
             past_k = keys[:, :, : self._length][self._decoding]  # (B, KV, L, D)

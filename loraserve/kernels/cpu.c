@@ -171,8 +171,9 @@ static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T
 }
 
 /* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
-   Cache (slots, kv, max_len, d); q, k, v are heads of rows of `stride`; out (n, h, d); scratch (decoding, kv, longest). */
-void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T *keys, T *values, int64_t max_len,
+   Cache (slots, kv, max_len, d); q, k, v are heads of rows of their strides; out (n, h, d); scratch (decoding, kv, longest). */
+void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, int64_t k_stride,
+                          int64_t v_stride, T *keys, T *values, int64_t max_len,
                           const int64_t *slots, const int64_t *positions, int64_t n, int64_t decoding, int64_t h,
                           int64_t kv, int64_t d, float scale, T *out, float *scratch, int64_t longest) {
     int64_t group = h / kv;
@@ -180,11 +181,11 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t stride, T 
     for (int64_t i = 0; i < n; i++)
         for (int64_t head = 0; head < kv; head++) {
             int64_t at = ((slots[i] * kv + head) * max_len + positions[i]) * d;
-            memcpy(keys + at, k + i * stride + head * d, d * sizeof(T));
-            memcpy(values + at, v + i * stride + head * d, d * sizeof(T));
+            memcpy(keys + at, k + i * k_stride + head * d, d * sizeof(T));
+            memcpy(values + at, v + i * v_stride + head * d, d * sizeof(T));
         }
 #define ATTEND(lanes)                                                                                                  \
-    FN(attend)(q + i * stride + head * group * d, past_k, past_v, length, group, lanes, scale,                         \
+    FN(attend)(q + i * q_stride + head * group * d, past_k, past_v, length, group, lanes, scale,                         \
                out + (i * h + head * group) * d, scratch + task * longest)
 #pragma omp parallel for schedule(dynamic) if (decoding * kv > 1)
     for (int64_t task = 0; task < decoding * kv; task++) {

@@ -55,19 +55,18 @@ def norm_and_rotate(
 
 def store_and_attend(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, decoding: int,
-    out: Tensor,
+    longest: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Store k and v (N, KV, D) in a layer's cache (slots, KV, max_len, D); attend for the first `decoding` rows.
 
-    q, k and v are views of rows of one width. `out` (N, H, D) gets those rows.
+    q, k and v may be views of wider rows. All positions are below `longest`. `out` (N, H, D) gets those rows.
     """
     n, h, d = q.shape
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype == out.dtype
     assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
-    longest = keys.shape[2] if decoding else 0
     scratch = torch.empty(decoding, k.shape[1], longest)
-    _call("store_and_attend", q.dtype, q, k, v, q.stride(0), keys, values, keys.shape[2], slots, positions, n, decoding,
-          h, k.shape[1], d, d**-0.5, out, scratch, longest)  # fmt: skip
+    _call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
+          slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest)  # fmt: skip
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:

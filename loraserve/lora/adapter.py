@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loraserve.kernels.threads import apart
+
 MAX_SCALING = 1e4
 """No trained adapter has lora_alpha / r beyond it; a larger one only overflows."""
 
@@ -96,6 +98,10 @@ def find_size_problems(
 
 def find_value_problems(adapter: Adapter) -> list[str]:
     """What makes an adapter of these values unusable: NaN or Inf, an absurd scaling, every A or every B zero."""
+    return apart(_find_value_problems, adapter)  # HTTP's threads, too, come here
+
+
+def _find_value_problems(adapter: Adapter) -> list[str]:
     problems = []
     for label in ("A", "B"):
         bad = [t for t, w in adapter.weights.items() if not torch.isfinite(w.A if label == "A" else w.B).all()]
