@@ -94,7 +94,10 @@ class Server:
         """End all answers with an error the client can read, then stop listening. Callable from any thread, once."""
         self._state.closing.set()
         self._server.task_dispatcher.shutdown()
-        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
+        trigger = self._server.trigger
+        with trigger.lock:  # another thread's wake-up must not close the pipe before this one has written to it
+            trigger.thunks.append(lambda: wasyncore.close_all(self._server._map))
+            trigger.pull_trigger()
 
     def run_until_signal(self) -> None:
         """Serve until Ctrl-C or SIGTERM; a second one ends the process at once. For the main thread only."""

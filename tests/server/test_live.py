@@ -112,6 +112,24 @@ def crowded(make_service: Callable[..., Service]) -> Iterator[tuple[Live, Servic
     live.close()
 
 
+def test_closing_while_another_thread_wakes_the_server_is_no_error(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop, woken by somebody else, must not close the pipe that `close` is about to write to."""
+    live = Live(create_app(make_service()))
+    trigger = live.server._server.trigger
+    write = trigger._physical_pull
+
+    def write_late() -> None:
+        write()  # another thread's
+        time.sleep(0.2)
+        write()
+
+    monkeypatch.setattr(trigger, "_physical_pull", write_late)
+    live.close()
+    assert not live._thread.is_alive()
+
+
 def test_a_hundred_clients_at_once_get_an_answer_or_429(crowded: tuple[Live, Service]) -> None:
     live, _ = crowded
     body = {"messages": USER, "adapter": "forever", "max_tokens": 200}
