@@ -7,12 +7,15 @@ laid their weights together for serving. Unpacked, and wherever gradients are ke
 is the plain form, and the tests' oracle.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraserve.errors import InvalidRequest
+from loraserve.kernels import gemm
 from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
@@ -49,41 +52,50 @@ class Joint(nn.Module):
         object.__setattr__(self, "layers", layers)  # not as submodules, which would give each weight a second name
         self._targets = tuple(layer.target for layer in layers)
         self._widths = [layer.weight.shape[0] for layer in layers]
-        self._weight: Tensor | None = None
-        self._is_reordered = False
+        self._multiply: Callable[[Tensor], Tensor] | None = None
 
     layers: tuple[Linear, ...]
 
-    def pack(self) -> None:
+    def pack(self, int8: bool = False, repeatable: bool = False) -> None:
         """Lay the weights together, for serving. They must not change afterwards.
 
-        On a CPU in bfloat16 they are also reordered for oneDNN, a copy of its own; elsewhere the layers' weights become
-        views of the joint one.
+        On a CPU in bfloat16, and for the options below, that is a copy; elsewhere the layers' weights become views of
+        the joint one.
+
+        Args:
+            int8: round weights and activations to 8 bits, see `kernels.gemm`.
+            repeatable: a row's result must not depend on how many rows stand beside it.
+
+        Raises:
+            InvalidRequest: int8 or repeatable where there are no C kernels for it.
         """
-        if self._weight is not None:
+        if self._multiply is not None:
             return
         weights = [layer.weight.detach() for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            self._is_reordered = True
+        on_cpu = weight.device.type == "cpu"
+        kernels = on_cpu and gemm.available(weight.dtype, weight.shape[1])
+        if (int8 or repeatable) and not kernels:
+            what = "dtype int8" if int8 else "deterministic"
+            raise InvalidRequest(f"{what} needs a CPU, a C compiler and layers of a multiple of 16 inputs", param="dtype")
+        if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
+            self._multiply = gemm.PackedWeight(weight, int8).multiply
+        elif on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            self._multiply = lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), reordered, None, "none", [], "")
         else:
             for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
                 layer.weight.data = part
-        self._weight = weight
+            self._multiply = lambda x: F.linear(x, weight)
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, ...]:
         """Return (N, out) of each layer for x (N, in)."""
-        if self._weight is None or torch.is_grad_enabled():
+        if self._multiply is None or torch.is_grad_enabled():
             return tuple(layer(x, lora) for layer in self.layers)
         return self.side_by_side(x, lora).split(self._widths, dim=-1)
 
     def side_by_side(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """Return (N, Σout), all layers' outputs in one tensor; only after `pack`."""
-        assert self._weight is not None
-        if self._is_reordered:
-            y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self._weight)
+        assert self._multiply is not None
+        y = self._multiply(x)
         return y if lora is None else lora.add(self._targets, self._widths, x, y)

@@ -90,13 +90,14 @@ class MixtureOfExperts(nn.Module):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(f"{path}.gate", hidden, config.num_experts)
+        self.router = Joint(self.gate)
         self.experts = nn.ModuleList(SwiGLU(f"{path}.experts.{e}", hidden, width) for e in range(config.num_experts))
         self.shared_experts = nn.ModuleList(
             SwiGLU(f"{path}.shared_experts.{e}", hidden, width) for e in range(config.num_shared_experts)
         )
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        scores = self.gate(x, lora).float().softmax(dim=-1)  # (N, E)
+        scores = self.router(x, lora)[0].float().softmax(dim=-1)  # (N, E)
         weights, chosen = scores.topk(self.top_k, dim=-1)  # (N, top_k)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -167,17 +168,23 @@ class Model(nn.Module):
             assert isinstance(embeddings, nn.Parameter)
             self.lm_head.weight = embeddings
 
-    def pack(self) -> None:
+    def pack(self, int8: bool = False, repeatable: bool = False) -> None:
         """Prepare the linear layers for serving; the weights must not change afterwards.
 
-        On a CPU in bfloat16 that costs the weights' memory once more.
+        Args:
+            int8, repeatable: see `Joint.pack`. A router keeps its precision.
         """
         weight = self.lm_head.weight
         kernels = (
             weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
         )
         for module in self.modules():
-            if isinstance(module, Joint | RMSNorm):
+            if isinstance(module, MixtureOfExperts):
+                module.router.pack(False, repeatable)
+        for module in self.modules():
+            if isinstance(module, Joint):
+                module.pack(int8, repeatable)
+            if isinstance(module, RMSNorm):
                 module.pack()
             if isinstance(module, Decoder | SwiGLU):
                 module.fused = kernels

@@ -107,11 +107,11 @@ def base_options(function: Function) -> Function:
         click.option("--tokenizer", metavar="DIR", help="Of a .pth, if not beside it or in ../model."),
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help="What the model computes in: auto, float32, bfloat16 or float16.",
+            help="What the model computes in: auto, float32, bfloat16, float16, or int8 (8-bit weights, on a CPU).",
         ),
         click.option(
             "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the model runs."

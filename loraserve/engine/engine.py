@@ -30,8 +30,13 @@ class Engine:
         """Drop a sequence, wherever it is; harmless if it has ended already."""
         if not sequence.aborted:
             sequence.aborted = True
-            self._runner.clear(sequence)  # nobody has looked at its numbers yet
-            self._release(sequence)
+            sound = bool(sequence.output_token_ids)  # else nobody has looked at its numbers yet
+            self._end(sequence, sound)
+
+    def _end(self, sequence: Sequence, sound: bool) -> None:
+        if not sound:
+            self._runner.clear(sequence)
+        self._release(sequence, sound)
 
     def step(self) -> list[tuple[Sequence, Event]]:
         """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop.
@@ -41,6 +46,8 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        for copy in self.scheduler.copies:
+            self._runner.copy(copy.source, copy.target, copy.count)
         sampled = self._runner.run(chunks)
         self.num_steps += 1
         for chunk in chunks:
@@ -49,7 +56,8 @@ class Engine:
         results: list[tuple[Sequence, Event]] = []
         for sequence, token in sampled:
             if token is None:
-                self.abort(sequence)
+                sequence.aborted = True
+                self._end(sequence, sound=False)
                 results.append((sequence, NotFinite()))
                 continue
             reason = sequence.append(token.token_id)
@@ -59,7 +67,7 @@ class Engine:
             results.append((sequence, Token(token.token_id, reason, token.logprob, token.top_logprobs)))
         return results
 
-    def _release(self, sequence: Sequence) -> None:
-        self.scheduler.release(sequence)
+    def _release(self, sequence: Sequence, sound: bool = True) -> None:
+        self.scheduler.release(sequence, sound)
         if not self.scheduler.running:
             self._runner.forget_adapters()

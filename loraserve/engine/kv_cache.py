@@ -33,6 +33,11 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[slot, :, :length] = 0
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a slot to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :count] = tensor[source, :, :count]
+
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -43,9 +48,10 @@ class CachedAttention:
 
     Args:
         chunks: the step's chunks, those of one token first; their tokens are the rows, in order.
+        repeatable: a row's result must not depend on the rows beside it, so every row is attended to by itself.
     """
 
-    def __init__(self, cache: KVCache, chunks: List[Chunk], positions: Tensor) -> None:
+    def __init__(self, cache: KVCache, chunks: List[Chunk], positions: Tensor, repeatable: bool = False) -> None:
         device = positions.device
         self._cache = cache
         self._positions = positions  # (N,)
@@ -54,7 +60,10 @@ class CachedAttention:
         slots = [chunk.sequence.slot for chunk in chunks]
         of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
         self._slots = torch.tensor(of_rows, device=device)  # (N,)
-        self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        if repeatable and self._kernels:
+            b, chunks = len(of_rows), []
+        self._num_decoding = b
         self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         if b and not self._kernels:
             self._length = max(chunk.start for chunk in chunks[:b]) + 1

@@ -23,6 +23,7 @@ from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence
+from loraserve.engine.slots import Slots
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
@@ -123,7 +124,9 @@ def _answer(
     room = [min(MAX_TOKENS, limit - len(prompt)) for prompt in prompts]
     longest = max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True))
     cache = KVCache(base.config, len(prompts), longest, base.device, base.dtype)
-    engine = Engine(Runner(base.model, cache), Scheduler(len(prompts), 512, max(len(adapters), 1)))
+    engine = Engine(
+        Runner(base.model, cache), Scheduler(Slots(len(prompts)), len(prompts), 512, max(len(adapters), 1))
+    )
     sequences = [
         Sequence(prompt, greedy, more, adapters, base.eos_ids) for prompt, more in zip(prompts, room, strict=True)
     ]

@@ -14,11 +14,20 @@ from loraserve.lora.stack import AdapterStack
 
 
 class Runner:
-    """Owns the model and the cache; turns chunks into sampled tokens."""
+    """Owns the model and the cache; turns chunks into sampled tokens.
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
+    Args:
+        int8: round the layers' weights to 8 bits.
+        deterministic: a sequence's tokens must not depend on what else is in the batch, bit for bit.
+
+    Raises:
+        InvalidRequest: int8 or deterministic cannot be had here, see `Joint.pack`.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, int8: bool = False, deterministic: bool = False) -> None:
         self._model = model
-        apart(model.pack)
+        self._deterministic = deterministic
+        apart(model.pack, int8, deterministic)
         self._cache = cache
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}
@@ -42,7 +51,7 @@ class Runner:
         logits = self._model(
             torch.tensor(ids, device=self._device),
             where,
-            CachedAttention(self._cache, chunks, where),
+            CachedAttention(self._cache, chunks, where, self._deterministic),
             self._lora_batch(chunks),
             rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
         )
@@ -61,6 +70,10 @@ class Runner:
         if sequence.slot >= 0:
             self._cache.clear(sequence.slot, sequence.num_tokens)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of the first `count` positions of a slot to another."""
+        self._cache.copy(source, target, count)
+
     def forget_adapters(self) -> None:
         """Let go of the adapters of past steps."""
         self._stacked, self._stack = {}, AdapterStack([])
@@ -71,10 +84,12 @@ class Runner:
             return None
         # A stack still fits after adapters left, but columns nobody uses cost time: rebuild it when half are idle.
         if not active.keys() <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
-            self._stacked = {adapter: slot for slot, adapter in enumerate(active)}
+            # A blend rounds once per adapter, by slot: in one order, whoever else is here.
+            ordered = sorted(active, key=lambda adapter: (adapter.digest or "", adapter.name))
+            self._stacked = {adapter: slot for slot, adapter in enumerate(ordered)}
             self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
         segments = [
             (chunk.count, [(self._stacked[adapter], weight) for adapter, weight in chunk.sequence.adapters if weight])
             for chunk in chunks
         ]
-        return LoraBatch.from_segments(self._stack, segments, self._device)
+        return LoraBatch.from_segments(self._stack, segments, self._device, self._deterministic)

@@ -22,6 +22,7 @@ from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence, Token
+from loraserve.engine.slots import Slots
 from loraserve.engine.text import Piece, TextStream
 from loraserve.engine.worker import Worker
 from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
@@ -34,6 +35,8 @@ from loraserve.registry import Registry
 MAX_BATCHED_TOKENS = 512
 ADAPTER_MEMORY = 1 << 30
 """Bytes of A and B on the device."""
+PREFIX_MEMORY = 1 << 29
+"""Bytes of keys and values of ended requests; on a CPU only what is used is taken."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
@@ -107,10 +110,13 @@ class Service:
         max_queue: requests that may wait beyond those.
         kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
         adapter_memory: bytes for adapters on the device; a request for one more than fits is told to come back.
+        prefix_memory: bytes for keys and values of requests that have ended, beyond the free part of those for running
+            ones; 0 turns the sharing of prefixes off.
+        deterministic: a request's tokens do not depend on what else is in the batch, bit for bit.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
-        InvalidRequest: the limits contradict each other.
+        InvalidRequest: the limits contradict each other, or int8 or deterministic cannot be had on this machine.
     """
 
     def __init__(
@@ -123,6 +129,8 @@ class Service:
         max_queue: int = 64,
         kv_memory: int | None = None,
         adapter_memory: int = ADAPTER_MEMORY,
+        prefix_memory: int = PREFIX_MEMORY,
+        deterministic: bool = False,
         seed: int | None = None,
     ) -> None:
         limit = base.config.max_position_embeddings
@@ -141,9 +149,12 @@ class Service:
         self.registry = registry
         self.max_queue = max_queue
         self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
-        cache = apart(KVCache, base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
-        scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
-        self._engine = Engine(Runner(base.model, cache), scheduler)
+        num_slots = self.max_num_seqs + prefix_memory // per_sequence
+        self._slots = Slots(num_slots, share_prefixes=prefix_memory > 0)
+        cache = apart(KVCache, base.config, num_slots, self.max_model_len, base.device, base.dtype)
+        budget = max(MAX_BATCHED_TOKENS, self.max_num_seqs)
+        scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS)
+        self._engine = Engine(Runner(base.model, cache, base.int8, deterministic), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
         self._seed = seed
         self._numbers = itertools.count(1)
@@ -228,6 +239,8 @@ class Service:
             "steps_total": self._engine.num_steps,
             "prompt_tokens_total": self._engine.num_prompt_tokens,
             "generated_tokens_total": self._engine.num_generated_tokens,
+            "prefix_shared_tokens_total": self._slots.num_shared_tokens,
+            "prefix_slots_held": self._slots.num_held,
             "adapters_loaded": len(self.adapters.names()),
             "adapter_bytes": self.adapters.num_bytes,
         }

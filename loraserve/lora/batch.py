@@ -12,6 +12,7 @@ no row has an adapter is represented by None and runs no code here. `apply_one_b
 oracle.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,12 +92,16 @@ class LoraBatch:
         row_weights: W (N, S) float32 on the CPU, the weight of each slot for each token row; zero where it does not
             apply.
         device: where the rows are.
+        repeatable: a row's delta must not depend on how many rows stand beside it, bit for bit. Needs the kernel.
     """
 
-    def __init__(self, stack: AdapterStack, row_weights: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, stack: AdapterStack, row_weights: Tensor, device: torch.device | str = "cpu", repeatable: bool = False
+    ) -> None:
         self.stack = stack
         self.row_weights = row_weights
         self._device = device
+        self._few_rows = sys.maxsize if repeatable else FEW_ROWS
         self._plans: dict[bool, list[_Alone | _Together | _Few]] = {}
 
     @classmethod
@@ -110,6 +115,7 @@ class LoraBatch:
         stack: AdapterStack,
         segments: Sequence[tuple[int, Sequence[tuple[int, float]]]],
         device: torch.device | str,
+        repeatable: bool = False,
     ) -> "LoraBatch | None":
         """Build W from consecutive row segments.
 
@@ -126,11 +132,12 @@ class LoraBatch:
         weights = torch.zeros(len(segments), len(stack.adapters))
         rows, slots, values = zip(*cells, strict=True)
         weights[list(rows), list(slots)] = torch.tensor(values)
-        return cls(stack, weights.repeat_interleave(lengths, dim=0), device)
+        return cls(stack, weights.repeat_interleave(lengths, dim=0), device, repeatable)
 
     def select(self, rows: Tensor) -> "LoraBatch":
         """The batch of a subset of rows, `rows` (M,) int64: an expert's tokens, or the rows that sample."""
-        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device)
+        repeatable = self._few_rows > FEW_ROWS
+        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device, repeatable)
 
     def apply(self, target: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the delta of `target`.
@@ -162,8 +169,8 @@ class LoraBatch:
     def _plan_for_kernel(self) -> list[_Alone | _Together | _Few]:
         """The kernel for slots of few rows, matrix products for the others."""
         counts = (self.row_weights != 0).sum(dim=0)  # (S,)
-        few = (counts <= FEW_ROWS) & (counts > 0)
-        plan = self._plan_for_groups(((counts > FEW_ROWS).nonzero().squeeze(1)).tolist())
+        few = (counts <= self._few_rows) & (counts > 0)
+        plan = self._plan_for_groups(((counts > self._few_rows).nonzero().squeeze(1)).tolist())
         if few.any():
             slots, rows = (self.row_weights * few).T.nonzero(as_tuple=True)
             plan.append(_Few(self.stack, rows.contiguous(), slots.contiguous(), self.row_weights[rows, slots]))
