@@ -21,7 +21,7 @@ def advance(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:
 
 
 def test_decoding_comes_first_and_prompts_share_the_rest_of_the_budget() -> None:
-    scheduler = Scheduler(slots=Slots(4), max_running=4, max_batched_tokens=10, max_adapters=4)
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=10, max_adapters=4)
     short, long = sequence(3), sequence(18)
     scheduler.add(short)
     scheduler.add(long)
@@ -32,7 +32,7 @@ def test_decoding_comes_first_and_prompts_share_the_rest_of_the_budget() -> None
 
 
 def test_slots_are_reused_lowest_first_and_arrival_order_is_kept() -> None:
-    scheduler = Scheduler(slots=Slots(2), max_running=2, max_batched_tokens=10, max_adapters=4)
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=10, max_adapters=4)
     a, b, c, d = (sequence(2) for _ in range(4))
     for s in (a, b, c, d):
         scheduler.add(s)
@@ -48,7 +48,7 @@ def test_slots_are_reused_lowest_first_and_arrival_order_is_kept() -> None:
 
 
 def test_too_many_adapters_wait_while_others_pass() -> None:
-    scheduler = Scheduler(slots=Slots(4), max_running=4, max_batched_tokens=100, max_adapters=1)
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     first, other, same, plain = sequence(2, one), sequence(2, two), sequence(2, one), sequence(2)
     for s in (first, other, same, plain):
@@ -68,7 +68,7 @@ def test_tokens_cross_from_prompt_to_answer() -> None:
 
 
 def test_passed_over_request_is_not_overtaken_for_ever() -> None:
-    scheduler = Scheduler(slots=Slots(2), max_running=2, max_batched_tokens=100, max_adapters=1)
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     running = sequence(2, one)
     scheduler.add(running)
