@@ -54,11 +54,14 @@ class Joint(nn.Module):
 
     layers: tuple[Linear, ...]
 
-    def pack(self) -> None:
+    def pack(self, keep: bool = True) -> None:
         """Lay the weights together, for serving. They must not change afterwards.
 
         On a CPU in bfloat16 they are also reordered for oneDNN, a copy of its own; elsewhere the layers' weights become
         views of the joint one.
+
+        Args:
+            keep: the layers' own weights, too, where the joint one is a copy: without them there are no gradients.
         """
         if self._weight is not None:
             return
@@ -68,6 +71,9 @@ class Joint(nn.Module):
         if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             self._is_reordered = True
+            if not keep:
+                for layer in self.layers:
+                    layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
         else:
             for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
                 layer.weight.data = part

@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
         self.weight_in_float32 = torch.empty(0)
 
     def pack(self) -> None:
-        self.weight_in_float32 = self.weight.detach().float().contiguous()
+        if not self.weight_in_float32.numel():
+            self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -172,7 +173,8 @@ class Model(nn.Module):
 
         On a CPU in bfloat16 that costs the weights' memory once more.
         """
-        weight = self.lm_head.weight
+        weight = self.model.embed_tokens.weight
+        assert isinstance(weight, Tensor)
         kernels = (
             weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
         )

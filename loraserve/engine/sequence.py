@@ -31,6 +31,8 @@ class Sequence:
     adapters: tuple[tuple[Any, float], ...] = ()
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
+    merged: Any = None
+    """The merged adapter whose model computes it, from the first token to the last; None is the base's model."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""

@@ -17,7 +17,7 @@ from loraserve.base.checkpoint import Checkpoint, expected_tensors, read_checkpo
 from loraserve.base.config import ModelConfig
 from loraserve.base.export import write_hf
 from loraserve.base.fingerprint import compute
-from loraserve.base.load import Base, load_base
+from loraserve.base.load import Base, build_model, load_base
 from loraserve.engine.merge import merge, merge_checkpoint
 from loraserve.engine.parity import compare
 from loraserve.errors import AdapterNotFound, CheckpointError, Conflict, InvalidRequest, StorageError
@@ -207,7 +207,7 @@ def test_the_report_is_written_beside_the_weights_and_says_what_was_merged(
 
 
 def test_the_comparison_notices_a_checkpoint_that_is_not_the_merged_one(base: Base, registry: Registry) -> None:
-    unmerged = read_checkpoint(base.path)
+    unmerged = build_model(read_checkpoint(base.path), base.device, base.dtype)
     parity = compare(base, [(registry.load("b"), 1.0)], unmerged)
     assert parity.greedy_agreement < 0.5
     assert parity.max_logit_difference > 1
@@ -221,7 +221,7 @@ def test_the_comparison_renders_the_bases_own_template(base: Base, registry: Reg
     (twin / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     other = load_base(str(twin), device="cpu", dtype="float32")
     adapters = [(registry.load("b"), 1.0)]
-    merged = merge_checkpoint(read_checkpoint(base.path), adapters)
+    merged = build_model(merge_checkpoint(read_checkpoint(base.path), adapters), base.device, base.dtype)
     answers = [[p.answer for p in compare(b, adapters, merged, ["你是谁？"]).prompts] for b in (base, other)]
     assert answers[0] != answers[1]
 
