@@ -92,10 +92,7 @@ class HotMerges:
             self._underway = name
         try:
             while (merged := self.get(name)) is None:  # again, if its files changed while it was merged
-                held = apart(self._build, name)
-                with self._changed:
-                    self._held[name] = held
-                    self._alive.add(held[1])
+                self._install(name, apart(self._build, name))
             return merged
         finally:
             with self._changed:
@@ -157,6 +154,11 @@ class HotMerges:
         """Bytes of all merged layers, those that only a request still holds included."""
         with self._changed:
             return sum(merged.num_bytes for merged in self._alive)
+
+    def _install(self, name: str, held: tuple[object, MergedAdapter]) -> None:
+        with self._changed:
+            self._held[name] = held
+            self._alive.add(held[1])
 
     def _forget(self, name: str, held: tuple[object, MergedAdapter]) -> None:
         with self._changed:

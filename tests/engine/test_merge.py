@@ -1,6 +1,5 @@
 """Merged checkpoints: the arithmetic, upstream's own merged files, transformers' reading of them, and the report."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,9 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
-from loraserve.base.checkpoint import Checkpoint, expected_tensors, read_checkpoint
-from loraserve.base.config import ModelConfig
-from loraserve.base.export import write_hf
+from loraserve.base.checkpoint import read_checkpoint
 from loraserve.base.fingerprint import compute
 from loraserve.base.load import Base, build_model, load_base
 from loraserve.engine.merge import merge, merge_checkpoint
@@ -28,6 +25,7 @@ from loraserve.lora.minimind import read_minimind
 from loraserve.lora.spec import parse_spec
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
+from tests.engine.conftest import write_random
 
 TEXT = "Tell me a story. 给我讲一个故事吧。"
 
@@ -58,28 +56,6 @@ def publish(base: Base, root: Path, adapter: Adapter, r: int) -> Registry:
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(adapter.weights))
     registry.publish("one", adapter, config, {"base_fingerprint": base.fingerprint})
     return registry
-
-
-@pytest.fixture(scope="module")
-def moe(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A Qwen3-MoE base with the tiny base's tokenizer."""
-    config = dataclasses.replace(
-        read_checkpoint(tiny_base_dir).config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    )
-    return load_base(
-        str(write_random(config, tiny_base_dir, tmp_path_factory.mktemp("bases") / "moe")), dtype="float32"
-    )
-
-
-def write_random(config: ModelConfig, tokenizer: Path, out: Path, dtype: torch.dtype = torch.float16) -> Path:
-    generator = torch.Generator().manual_seed(4)
-    tensors = {
-        name: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.ones(shape))
-        for name, shape in expected_tensors(config).items()
-    }
-    checkpoint = Checkpoint(config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, out, "hf")
-    write_hf(checkpoint, out, tokenizer)
-    return out
 
 
 @pytest.mark.parametrize("spec", ["a", "b", "c", "b:0.5", "a:0.7+b:0.3+c:-0.4"])
