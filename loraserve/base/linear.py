@@ -8,6 +8,7 @@ is the plain form, and the tests' oracle.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -45,18 +46,26 @@ class Linear(nn.Module):
 
 
 class Joint(nn.Module):
-    """Linear layers of one input, computed together once packed. It owns no parameters: its layers belong to others."""
+    """Linear layers of one input, computed together once packed. It owns no parameters: its layers belong to others.
 
-    def __init__(self, *layers: Linear) -> None:
+    Args:
+        exact: never in int8.
+    """
+
+    def __init__(self, *layers: Linear, exact: bool = False) -> None:
         super().__init__()
+        self._exact = exact
         object.__setattr__(self, "layers", layers)  # not as submodules, which would give each weight a second name
         self._targets = tuple(layer.target for layer in layers)
         self._widths = [layer.weight.shape[0] for layer in layers]
         self._multiply: Callable[[Tensor], Tensor] | None = None
+        self._weight: Tensor | None = None
+        self.num_bytes = 0
+        """Of the weights as they are packed."""
 
     layers: tuple[Linear, ...]
 
-    def pack(self, int8: bool = False, repeatable: bool = False) -> None:
+    def pack(self, int8: bool = False, repeatable: bool = False, keep: bool = True) -> None:
         """Lay the weights together, for serving. They must not change afterwards.
 
         On a CPU in bfloat16, and for the options below, that is a copy; elsewhere the layers' weights become views of
@@ -65,6 +74,7 @@ class Joint(nn.Module):
         Args:
             int8: round weights and activations to 8 bits, see `kernels.gemm`.
             repeatable: a row's result must not depend on how many rows stand beside it.
+            keep: the layers' own weights, too, where the joint one is a copy: without them there are no gradients.
 
         Raises:
             InvalidRequest: int8 or repeatable where there are no C kernels for it.
@@ -77,16 +87,24 @@ class Joint(nn.Module):
         kernels = on_cpu and gemm.available(weight.dtype, weight.shape[1])
         if (int8 or repeatable) and not kernels:
             what = "dtype int8" if int8 else "deterministic"
-            raise InvalidRequest(f"{what} needs a CPU, a C compiler and layers of a multiple of 16 inputs", param="dtype")
+            raise InvalidRequest(
+                f"{what} needs a CPU, a C compiler and layers of a multiple of 16 inputs", param="dtype"
+            )
+        self.num_bytes = weight.nbytes
         if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
-            self._multiply = gemm.PackedWeight(weight, int8).multiply
+            packed = gemm.PackedWeight(weight, int8 and not self._exact)
+            self._multiply, self._weight, self.num_bytes = packed.multiply, packed.weight, packed.num_bytes
         elif on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            self._multiply = lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), reordered, None, "none", [], "")
+            self._multiply, self._weight = partial(_multiply_reordered, reordered), reordered
         else:
             for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
                 layer.weight.data = part
-            self._multiply = lambda x: F.linear(x, weight)
+            self._multiply, self._weight = partial(F.linear, weight=weight), weight
+            return
+        if not keep:
+            for layer in self.layers:
+                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, ...]:
         """Return (N, out) of each layer for x (N, in)."""
@@ -99,3 +117,8 @@ class Joint(nn.Module):
         assert self._multiply is not None
         y = self._multiply(x)
         return y if lora is None else lora.add(self._targets, self._widths, x, y)
+
+
+def _multiply_reordered(weight: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return y

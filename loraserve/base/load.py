@@ -95,10 +95,15 @@ def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attentio
 _building = threading.Lock()
 
 
+def empty_model(config: ModelConfig) -> Model:
+    """A Model whose weights are still to come: they take no memory."""
+    with _building, torch.device("meta"):
+        return Model(config)
+
+
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Put a checkpoint's weights into a Model on `device`, frozen, in `dtype`."""
-    with _building, torch.device("meta"):
-        model = Model(checkpoint.config)
+    model = empty_model(checkpoint.config)
     tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()

@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
         self.weight_in_float32 = torch.empty(0)
 
     def pack(self) -> None:
-        self.weight_in_float32 = self.weight.detach().float().contiguous()
+        if not self.weight_in_float32.numel():
+            self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -90,7 +91,7 @@ class MixtureOfExperts(nn.Module):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(f"{path}.gate", hidden, config.num_experts)
-        self.router = Joint(self.gate)
+        self.router = Joint(self.gate, exact=True)
         self.experts = nn.ModuleList(SwiGLU(f"{path}.experts.{e}", hidden, width) for e in range(config.num_experts))
         self.shared_experts = nn.ModuleList(
             SwiGLU(f"{path}.shared_experts.{e}", hidden, width) for e in range(config.num_shared_experts)
@@ -159,6 +160,8 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
         self.head = Joint(self.lm_head)
+        self.packing: tuple[bool, bool] | None = None
+        """Whether it was packed in int8, and repeatable; None before."""
         self.tie()
 
     def tie(self) -> None:
@@ -172,18 +175,17 @@ class Model(nn.Module):
         """Prepare the linear layers for serving; the weights must not change afterwards.
 
         Args:
-            int8, repeatable: see `Joint.pack`. A router keeps its precision.
+            int8, repeatable: see `Joint.pack`.
         """
-        weight = self.lm_head.weight
+        weight = self.model.embed_tokens.weight
+        assert isinstance(weight, Tensor)
         kernels = (
             weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
         )
-        for module in self.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.router.pack(False, repeatable)
+        self.packing = self.packing or (int8, repeatable)
         for module in self.modules():
             if isinstance(module, Joint):
-                module.pack(int8, repeatable)
+                module.pack(*self.packing)
             if isinstance(module, RMSNorm):
                 module.pack()
             if isinstance(module, Decoder | SwiGLU):

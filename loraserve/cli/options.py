@@ -158,7 +158,7 @@ def open_service(options: BaseOptions, *, allow_base_mismatch: bool = False, **l
     """Run an engine on the base and the registry for the duration of a `with` block.
 
     Args:
-        limits: `max_model_len`, `max_num_seqs`, `max_queue`, `kv_memory`, `adapter_memory`, `seed` of
+        limits: `max_model_len`, `max_num_seqs`, `max_queue`, `kv_memory`, `adapter_memory`, `merge_memory`, `seed` of
             `Service`.
     """
     from loraserve.engine.service import Service

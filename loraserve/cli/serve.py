@@ -64,6 +64,14 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     metavar="SIZE",
     help="Memory for adapters in use; more are loaded and dropped as requests ask for them.",
 )
+@click.option(
+    "--merge-memory",
+    callback=_size,
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for adapters merged by POST /v1/adapters/NAME/merge; 0 allows none.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 def command(
     options: BaseOptions,
@@ -76,6 +84,7 @@ def command(
     max_queue: int,
     kv_memory: int | None,
     adapter_memory: int,
+    merge_memory: int,
     open_page: bool,
 ) -> None:
     """Serve the base with all adapters: OpenAI's API and a chat page.
@@ -89,6 +98,7 @@ def command(
         "max_queue": max_queue,
         "kv_memory": kv_memory,
         "adapter_memory": adapter_memory,
+        "merge_memory": merge_memory,
     }
     with open_service(options, allow_base_mismatch=allow_base_mismatch, **limits) as service:
         from loraserve.server import Server, create_app

@@ -1,4 +1,10 @@
-"""Run one step: chunks of sequences through the model, with the adapters each asked for."""
+"""Run one step: chunks of sequences through their model, with the adapters each asked for.
+
+The base's model computes all sequences but those of merged adapters, whose models each take a pass of their own; keys
+and values lie in one cache.
+"""
+
+from typing import Any
 
 import torch
 
@@ -14,7 +20,7 @@ from loraserve.lora.stack import AdapterStack
 
 
 class Runner:
-    """Owns the model and the cache; turns chunks into sampled tokens.
+    """Owns the base's model and the cache; turns chunks into sampled tokens.
 
     Args:
         int8: round the layers' weights to 8 bits.
@@ -39,6 +45,16 @@ class Runner:
 
         None stands for logits that are not finite: the sequence cannot go on.
         """
+        by_model: dict[Any, list[Chunk]] = {}
+        for chunk in chunks:
+            by_model.setdefault(chunk.sequence.merged, []).append(chunk)
+        return [
+            result
+            for merged, own in by_model.items()
+            for result in self._forward(self._model if merged is None else merged.model, own)
+        ]
+
+    def _forward(self, model: Model, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
         ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
@@ -48,7 +64,7 @@ class Runner:
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
         where = torch.tensor(positions, device=self._device)
-        logits = self._model(
+        logits = model(
             torch.tensor(ids, device=self._device),
             where,
             CachedAttention(self._cache, chunks, where, self._deterministic),

@@ -17,6 +17,7 @@ from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
 from loraserve.engine.engine import Engine, Event
+from loraserve.engine.hot_merge import HotMerges, MergedAdapter
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
@@ -37,6 +38,8 @@ ADAPTER_MEMORY = 1 << 30
 """Bytes of A and B on the device."""
 PREFIX_MEMORY = 1 << 29
 """Bytes of keys and values of ended requests; on a CPU only what is used is taken."""
+MERGE_MEMORY = 1 << 30
+"""Bytes of merged layers on the device."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
@@ -113,6 +116,7 @@ class Service:
         prefix_memory: bytes for keys and values of requests that have ended, beyond the free part of those for running
             ones; 0 turns the sharing of prefixes off.
         deterministic: a request's tokens do not depend on what else is in the batch, bit for bit.
+        merge_memory: bytes for the layers of merged adapters; a merge that does not fit is refused.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
@@ -131,6 +135,7 @@ class Service:
         adapter_memory: int = ADAPTER_MEMORY,
         prefix_memory: int = PREFIX_MEMORY,
         deterministic: bool = False,
+        merge_memory: int = MERGE_MEMORY,
         seed: int | None = None,
     ) -> None:
         limit = base.config.max_position_embeddings
@@ -156,6 +161,7 @@ class Service:
         scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache, base.int8, deterministic), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
+        self.merges = HotMerges(base, registry, merge_memory, self._worker.call)
         self._seed = seed
         self._numbers = itertools.count(1)
 
@@ -212,8 +218,9 @@ class Service:
             entries = [(slot, weight) for slot, (_, weight) in enumerate(sequence.adapters)]
             lora = LoraBatch.from_segments(stack, [(len(token_ids), entries)], self.base.device)
             ids = torch.tensor(token_ids, device=self.base.device)
+            model = sequence.merged.model if sequence.merged else self.base.model
             with torch.inference_mode():
-                return self.base.model(ids, attention.positions, attention, lora).float()
+                return model(ids, attention.positions, attention, lora).float()
 
         return self._worker.call(run)
 
@@ -222,8 +229,17 @@ class Service:
         return self.adapters.names()
 
     def unload(self, name: str) -> bool:
-        """Drop an adapter's device copy; requests that run on it end undisturbed."""
-        return self.adapters.drop(name)
+        """Drop an adapter's device copy and its merge; requests that run on them end undisturbed."""
+        merged, loaded = self.merges.drop(name), self.adapters.drop(name)
+        return merged or loaded
+
+    def merge(self, name: str) -> MergedAdapter:
+        """Give an adapter merged layers of its own, so that it answers as fast as the base; see `HotMerges.merge`."""
+        return self.merges.merge(name)
+
+    def unmerge(self, name: str) -> bool:
+        """Free an adapter's merged layers; return whether it had any. Requests that run on them end undisturbed."""
+        return self.merges.drop(name)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges, as `/metrics` and `/health` show them."""
@@ -243,6 +259,8 @@ class Service:
             "prefix_slots_held": self._slots.num_held,
             "adapters_loaded": len(self.adapters.names()),
             "adapter_bytes": self.adapters.num_bytes,
+            "adapters_merged": len(self.merges.current()),
+            "merged_bytes": self.merges.num_bytes,
         }
 
     def _sequence(self, prompt: list[int], spec: Spec, params: SamplingParams) -> Sequence:
@@ -263,12 +281,14 @@ class Service:
             seed = params.seed
         else:
             seed = secrets.randbits(63) if self._seed is None else hash((self._seed, next(self._numbers)))
+        merged = self.merges.find(spec)
         eos = frozenset() if params.ignore_eos else self.base.eos_ids
         return Sequence(
             prompt_token_ids=list(prompt),
             params=params,
             max_tokens=params.max_tokens or room,
-            adapters=tuple((a, w) for a, w in self.adapters.resolve(spec) if w),
+            adapters=() if merged else tuple((a, w) for a, w in self.adapters.resolve(spec) if w),
             stop_ids=eos | frozenset(params.stop_token_ids),
             seed=seed,
+            merged=merged,
         )

@@ -52,11 +52,11 @@ class PackedWeight:
             self._scale, self._sum = _filled(scale), _filled(weight.sum(dim=1, dtype=torch.int32))
         step = STEPS[weight.dtype]
         blocks = _filled(weight).view(-1, WIDTH, self.in_features // step, step)
-        self._weight = blocks.transpose(1, 2).contiguous()  # (out / 16, in / step, 16, step)
+        self.weight = blocks.transpose(1, 2).contiguous()  # (out / 16, in / step, 16, step)
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self._weight, self._scale, self._sum) if t is not None)
+        return sum(t.nbytes for t in (self.weight, self._scale, self._sum) if t is not None)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x Wᵀ, (N, out) in x's dtype, for x (N, in) of the weight's original dtype."""
@@ -65,10 +65,10 @@ class PackedWeight:
         assert x.dtype == self._dtype and k == self.in_features
         y = torch.empty(m, n, dtype=x.dtype)
         if self._scale is None:
-            cpu.call("multiply", x.dtype, x, self._weight, y, m, k, n)
+            cpu.call("multiply", x.dtype, x, self.weight, y, m, k, n)
         else:
             scratch = torch.empty(m + m * k // 4)
-            cpu.call("multiply_int8", x.dtype, x, self._weight, self._scale, self._sum, y, m, k, n, scratch)
+            cpu.call("multiply_int8", x.dtype, x, self.weight, self._scale, self._sum, y, m, k, n, scratch)
         return y
 
 
