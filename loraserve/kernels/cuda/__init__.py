@@ -8,7 +8,7 @@ values that lie there, so that a CUDA graph can record it. Importing this packag
 import torch
 
 from loraserve.kernels.cuda.attention import store_and_attend
-from loraserve.kernels.cuda.deltas import deltas, entries
+from loraserve.kernels.cuda.lora import deltas, entries
 from loraserve.kernels.cuda.rows import add_rms_norm, norm_and_rotate, silu_and_multiply
 
 __all__ = [

@@ -14,8 +14,8 @@ from torch import Tensor
 MAX_SPLITS = 16
 SPLIT = 256
 """Positions of one split, more in caches whose slots are longer than MAX_SPLITS of them."""
-BLOCK_T = 64
-"""Positions a program reads at a time."""
+MAX_BLOCK_T, MAX_BLOCK_BYTES = 64, 16 << 10
+"""Positions, and bytes of keys, that a program reads at a time: two stages of keys and values fit any GPU's memory."""
 
 
 def store_and_attend(
@@ -38,14 +38,16 @@ def store_and_attend(
                             BLOCK_D=block_d, num_warps=1)  # fmt: skip
         if not decoding:
             return
-        split = max(SPLIT, triton.cdiv(triton.cdiv(max_len, MAX_SPLITS), BLOCK_T) * BLOCK_T)
+        split = max(SPLIT, triton.cdiv(triton.cdiv(max_len, MAX_SPLITS), MAX_BLOCK_T) * MAX_BLOCK_T)
         splits = triton.cdiv(longest, split)
+        block_t = min(MAX_BLOCK_T, MAX_BLOCK_BYTES // (block_d * q.element_size()))
         group = h // kv
         parts = torch.empty(decoding, h, splits, d, device=q.device)  # each split's sum of p · v
         sums = torch.empty(decoding, h, splits, 2, device=q.device)  # each split's highest score, and sum of p
         _attend[(decoding, kv, splits)](
             q, q.stride(0), keys, values, slots, positions, parts, sums, kv, group, max_len, splits, d**-0.5, split,
-            D=d, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_T=BLOCK_T, BLOCK_D=block_d,
+            D=d, UPCAST=not isinstance(_attend, triton.JITFunction), BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_T=block_t,
+            BLOCK_D=block_d, num_stages=2,
         )  # fmt: skip
         _join[(decoding, h)](parts, sums, slots, positions, out, h, splits, split, D=d, BLOCK_S=MAX_SPLITS,
                              BLOCK_D=block_d)  # fmt: skip
@@ -68,7 +70,7 @@ def _store(
 @triton.jit
 def _attend(
     q, q_stride, keys, values, slots, positions, parts, sums, kv, group, max_len, splits, scale, split_length,
-    D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UPCAST: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + row)
@@ -79,6 +81,8 @@ def _attend(
         ours = (g < group)[:, None] & (d < D)[None, :]
         heads = head * group + g  # the queries that share the key head
         query = tl.load(q + row.to(tl.int64) * q_stride + heads[:, None] * D + d[None, :], mask=ours, other=0.0)
+        if UPCAST:  # Triton's interpreter has no products of bfloat16
+            query = query.to(tl.float32)
         past = (slot * kv + head) * max_len * D
         top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
@@ -87,14 +91,14 @@ def _attend(
             seen = start + t < end
             at = past + (start + t).to(tl.int64)[:, None] * D + d[None, :]
             mask = seen[:, None] & (d < D)[None, :]
-            key = tl.load(keys + at, mask=mask, other=0.0)  # (T, D)
+            key = tl.load(keys + at, mask=mask, other=0.0).to(query.dtype)  # (T, D)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp(scores - base[:, None])
             fade = tl.exp(top - base)
-            value = tl.load(values + at, mask=mask, other=0.0)
+            value = tl.load(values + at, mask=mask, other=0.0).to(query.dtype)
             total = total * fade + tl.sum(p, axis=1)
             acc = acc * fade[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
             top = higher

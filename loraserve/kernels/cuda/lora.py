@@ -162,7 +162,7 @@ def _shrink(
             mask = (r < rank)[:, None] & (cols < width)[None, :]
             acc += tl.load(A + r[:, None] * width + cols[None, :], mask=mask, other=0.0).to(tl.float32) * values[None, :]
         result = tl.sum(acc, axis=1) * (weight * scaling)
-        tl.store(hidden + (entry.to(tl.int64) * targets + target) * most + r, result, mask=r < rank)
+        tl.store(hidden + (entry * targets + target) * most + r, result, mask=r < rank)
 
 
 @triton.jit
@@ -175,16 +175,17 @@ def _expand(
     if run > 0:
         target = tl.load(blocks + block * 4)
         width = tl.load(blocks + block * 4 + 2)
+        left = tl.load(blocks + block * 4 + 3)
         if ALIGNED:
-            width = tl.multiple_of(width, 16)
-        cols = tl.load(blocks + block * 4 + 1) + tl.arange(0, BLOCK_N)
+            width, left = tl.multiple_of(width, 16), tl.multiple_of(left, 16)
+        cols = tl.multiple_of(tl.load(blocks + block * 4 + 1), BLOCK_N) + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_N,), tl.float32)
         touched = 0
         for entry in range(first, first + run):
             at = table + tl.load(slots + entry) * slot_stride + target * CELL
             rank = tl.load(at + 2).to(tl.int32)
             B = tl.multiple_of(tl.load(at + 1).to(tl.pointer_type(DTYPE)), 16)
-            mine = hidden + (entry.to(tl.int64) * targets + target) * most
+            mine = hidden + (entry * targets + target) * most
             for start in range(0, rank, BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
                 h = tl.load(mine + r, mask=r < rank, other=0.0)
@@ -193,6 +194,6 @@ def _expand(
                 acc += tl.sum(h[:, None] * b, axis=0)
             touched += rank
         if touched > 0:
-            to = y + tl.load(rows + first) * y_stride + tl.load(blocks + block * 4 + 3) + cols
+            to = y + tl.load(rows + first) * y_stride + left + cols
             before = tl.load(to, mask=cols < width, other=0.0).to(tl.float32)
             tl.store(to, (before + acc).to(y.dtype.element_ty), mask=cols < width)
