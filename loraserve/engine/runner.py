@@ -1,5 +1,7 @@
 """Run one step: chunks of sequences through the model, with the adapters each asked for."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from loraserve.base.model import Model
@@ -12,6 +14,9 @@ from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 
+if TYPE_CHECKING:
+    from loraserve.engine.graphs import DecodeGraphs
+
 
 class Runner:
     """Owns the model and the cache; turns chunks into sampled tokens."""
@@ -23,6 +28,11 @@ class Runner:
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}
         self._stack = AdapterStack([])
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and model.model.fused and not model.config.num_experts:
+            from loraserve.engine import graphs  # needs Triton
+
+            self._graphs = graphs.DecodeGraphs(model, cache, graphs.cuda_graphs())
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
@@ -30,6 +40,9 @@ class Runner:
 
         None stands for logits that are not finite: the sequence cannot go on.
         """
+        if self._graphs is not None and (replayed := self._graphs.run(chunks)) is not None:
+            decoding = [chunk.sequence for chunk in chunks]
+            return list(zip(decoding, sample(replayed, decoding), strict=True))
         ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
@@ -44,17 +57,12 @@ class Runner:
             where,
             CachedAttention(self._cache, chunks, where),
             self._lora_batch(chunks),
-            rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+            rows=torch.tensor(last_rows, dtype=torch.int64) if len(last_rows) < len(ids) else None,
         )
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return []
-        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one pass: NaN and Inf survive a sum
-        if all(finite):
-            return list(zip(sampling, sample(logits, sampling), strict=True))
-        sound = [i for i, is_finite in enumerate(finite) if is_finite]
-        tokens = iter(sample(logits[sound], [sampling[i] for i in sound]) if sound else [])
-        return [(s, next(tokens) if is_finite else None) for s, is_finite in zip(sampling, finite, strict=True)]
+        return list(zip(sampling, sample(logits, sampling), strict=True))
 
     def clear(self, sequence: Sequence) -> None:
         """Zero the keys and values of a sequence that ends unseen: NaN among them would reach its slot's next owner."""
@@ -64,6 +72,8 @@ class Runner:
     def forget_adapters(self) -> None:
         """Let go of the adapters of past steps."""
         self._stacked, self._stack = {}, AdapterStack([])
+        if self._graphs is not None:
+            self._graphs.forget_adapters()
 
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)

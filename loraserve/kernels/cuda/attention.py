@@ -124,6 +124,5 @@ def _join(
     highest = tl.max(top, axis=0)
     weight = tl.where(used, tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
     part = tl.load(parts + (at * splits + s)[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
-    attended = tl.sum(part * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-    attended = tl.where(idle, 0.0, attended)
+    attended = tl.sum(part * weight[:, None], axis=0) / tl.where(idle, 1.0, tl.sum(total * weight, axis=0))
     tl.store(out + at * D + d, attended.to(out.dtype.element_ty), mask=d < D)
