@@ -1,7 +1,7 @@
 """The active adapters and a step's entries at addresses that never change, as recorded steps need them.
 
-A table says for every slot and layer where A and B lie (`kernels/cuda/lora.py`); it and the entries are buffers that are
-written before a step. So one recording serves whichever adapters are active, however they came and went.
+A table says for every slot and layer where A and B lie (`kernels/cuda/lora.py`); it and the entries are buffers that
+are written before a step. So one recording serves whichever adapters are active, however they came and went.
 """
 
 from collections.abc import Collection, Sequence

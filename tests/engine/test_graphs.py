@@ -20,8 +20,8 @@ from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence
 from loraserve.kernels import cuda, dispatch
-from loraserve.lora.adapter import Adapter
 from loraserve.lora import table
+from loraserve.lora.adapter import Adapter
 from tests.conftest import MakeAdapter, random_weights
 
 Adapters = dict[str, Adapter]
@@ -169,7 +169,9 @@ def test_a_rank_beyond_the_room_makes_new_recordings(
     assert recorder.recorded == 2
 
 
-def test_what_cannot_be_recorded_runs_as_usual(model: Model, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_runs_as_usual(
+    model: Model, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = plain_answers(model, adapters, SPECS, [2] * 5, monkeypatch)
     recorder = Recorder()
     serving = Serving(model, recorder)

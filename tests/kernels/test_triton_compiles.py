@@ -54,5 +54,14 @@ def test_every_kernel_compiles_for_a_gpu_and_fits_its_shared_memory(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    names = ["_add_rms_norm", "_attend", "_expand", "_join", "_norm_and_rotate", "_shrink", "_silu_and_multiply", "_store"]
+    names = [
+        "_add_rms_norm",
+        "_attend",
+        "_expand",
+        "_join",
+        "_norm_and_rotate",
+        "_shrink",
+        "_silu_and_multiply",
+        "_store",
+    ]
     assert done.stdout.split() == names

@@ -1,7 +1,7 @@
 """The Triton kernels, called with tensors on one CUDA device. The contract is that of `kernels/cpu.py`.
 
-Activations are float32, bfloat16 or float16; sums are float32. A row's result depends on that row alone, every sum has a
-fixed order and nothing is added atomically, so results repeat bit for bit. No call waits for the device or depends on
+Activations are float32, bfloat16 or float16; sums are float32. A row's result depends on that row alone, every sum has
+a fixed order and nothing is added atomically, so results repeat bit for bit. No call waits for the device or depends on
 values that lie there, so that a CUDA graph can record it. Importing this package needs Triton.
 """
 

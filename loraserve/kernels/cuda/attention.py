@@ -46,8 +46,8 @@ def store_and_attend(
         sums = torch.empty(decoding, h, splits, 2, device=q.device)  # each split's highest score, and sum of p
         _attend[(decoding, kv, splits)](
             q, q.stride(0), keys, values, slots, positions, parts, sums, kv, group, max_len, splits, d**-0.5, split,
-            D=d, UPCAST=not isinstance(_attend, triton.JITFunction), BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_T=block_t,
-            BLOCK_D=block_d, num_stages=2,
+            D=d, UPCAST=not isinstance(_attend, triton.JITFunction), BLOCK_G=max(triton.next_power_of_2(group), 16),
+            BLOCK_T=block_t, BLOCK_D=block_d, num_stages=2,
         )  # fmt: skip
         _join[(decoding, h)](parts, sums, slots, positions, out, h, splits, split, D=d, BLOCK_S=MAX_SPLITS,
                              BLOCK_D=block_d)  # fmt: skip
@@ -123,6 +123,8 @@ def _join(
     total = tl.load(sums + (at * splits + s) * 2 + 1, mask=used, other=0.0)
     highest = tl.max(top, axis=0)
     weight = tl.where(used, tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
-    part = tl.load(parts + (at * splits + s)[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+    part = tl.load(
+        parts + (at * splits + s)[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0
+    )
     attended = tl.sum(part * weight[:, None], axis=0) / tl.where(idle, 1.0, tl.sum(total * weight, axis=0))
     tl.store(out + at * D + d, attended.to(out.dtype.element_ty), mask=d < D)

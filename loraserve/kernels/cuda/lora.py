@@ -46,7 +46,7 @@ def entries(row_weights: Tensor, device: torch.device | str) -> Entries:
     rows, slots = row_weights.nonzero(as_tuple=True)  # by row, then by slot
     # One copy, and one that does not wait for the device.
     sent = torch.stack([rows, slots, runs_of(rows)]).to(device, non_blocking=True)
-    return Entries(*sent.unbind(), row_weights[rows, slots].to(device, non_blocking=True))
+    return Entries(sent[0], sent[1], sent[2], row_weights[rows, slots].to(device, non_blocking=True))
 
 
 def runs_of(rows: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ class Deltas:
         assert table.stride()[1:] == (CELL, 1)
         self._table, self._most, self._dtype, self._kept = table, most, dtype, kept
         self._aligned = all(width % 16 == 0 for width in widths)
-        blocks, left = [], 0  # of each block of outputs: its target, where it begins and ends, the target's first column
+        # Of each block of outputs: its target, where it begins, the target's width, and the target's first column.
+        blocks, left = [], 0
         for target, width in enumerate(widths):
             blocks += [(target, start, width, left) for start in range(0, width, BLOCK_N)]
             left += width
@@ -160,7 +161,8 @@ def _shrink(
             cols = start + k
             values = tl.load(source + cols, mask=cols < width, other=0.0).to(tl.float32)
             mask = (r < rank)[:, None] & (cols < width)[None, :]
-            acc += tl.load(A + r[:, None] * width + cols[None, :], mask=mask, other=0.0).to(tl.float32) * values[None, :]
+            a = tl.load(A + r[:, None] * width + cols[None, :], mask=mask, other=0.0)
+            acc += a.to(tl.float32) * values[None, :]
         result = tl.sum(acc, axis=1) * (weight * scaling)
         tl.store(hidden + (entry * targets + target) * most + r, result, mask=r < rank)
 
