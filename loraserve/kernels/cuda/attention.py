@@ -118,7 +118,8 @@ def _join(
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     idle = tl.load(slots + row) < 0
     # The same tree of additions for any number of splits, so that others' contexts do not change a row's bits.
-    used = (s * split_length <= tl.load(positions + row)) & (s < splits) & (idle == 0)
+    length = tl.where(idle, 0, tl.load(positions + row) + 1)
+    used = (s * split_length < length) & (s < splits)
     top = tl.load(sums + (at * splits + s) * 2, mask=used, other=float("-inf"))
     total = tl.load(sums + (at * splits + s) * 2 + 1, mask=used, other=0.0)
     highest = tl.max(top, axis=0)

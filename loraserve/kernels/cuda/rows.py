@@ -92,7 +92,7 @@ def _norm_and_rotate(
     right = tl.load(x + HALF, mask=mask, other=0.0).to(tl.float32)
     if NORMED:
         scale = 1.0 / tl.sqrt(tl.sum(left * left + right * right, axis=0) / D + eps)
-        query, key = mask & (head < h), mask & (head >= h)
+        query, key = cols < tl.where(head < h, HALF, 0), cols < tl.where(head < h, 0, HALF)
         w_left = tl.load(q_norm + cols, mask=query, other=0.0) + tl.load(k_norm + cols, mask=key, other=0.0)
         w_right = tl.load(q_norm + HALF + cols, mask=query, other=0.0)
         w_right += tl.load(k_norm + HALF + cols, mask=key, other=0.0)
