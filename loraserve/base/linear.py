@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraserve.errors import InvalidRequest
-from loraserve.kernels import gemm
+from loraserve.kernels import dispatch, gemm
 from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
 """The number of rows the packed layout is best for."""
+BLOCK_ROWS = 64
+"""Where rows must not depend on their number, a GPU multiplies so many at a time."""
 
 
 class Attention(Protocol):
@@ -77,7 +79,7 @@ class Joint(nn.Module):
             keep: the layers' own weights, too, where the joint one is a copy: without them there are no gradients.
 
         Raises:
-            InvalidRequest: int8 or repeatable where there are no C kernels for it.
+            InvalidRequest: int8 or repeatable where there are no kernels for it.
         """
         if self._multiply is not None:
             return
@@ -85,10 +87,13 @@ class Joint(nn.Module):
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         on_cpu = weight.device.type == "cpu"
         kernels = on_cpu and gemm.available(weight.dtype, weight.shape[1])
-        if (int8 or repeatable) and not kernels:
-            what = "dtype int8" if int8 else "deterministic"
+        if int8 and not kernels:
+            raise InvalidRequest("dtype int8 needs a CPU, a C compiler and layers of 16·n inputs", param="dtype")
+        if repeatable and not kernels and (on_cpu or dispatch.of(weight.device, weight.dtype) is None):
             raise InvalidRequest(
-                f"{what} needs a CPU, a C compiler and layers of a multiple of 16 inputs", param="dtype"
+                f"deterministic needs {'a C compiler' if on_cpu else 'Triton'}, and float32 or bfloat16 rather than "
+                f"{str(weight.dtype).removeprefix('torch.')}; install it, change --dtype, or leave it out",
+                param="deterministic",
             )
         self.num_bytes = weight.nbytes
         if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
@@ -100,7 +105,8 @@ class Joint(nn.Module):
         else:
             for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
                 layer.weight.data = part
-            self._multiply, self._weight = partial(F.linear, weight=weight), weight
+            multiply = _multiply_in_blocks if repeatable else F.linear
+            self._multiply, self._weight = partial(multiply, weight=weight), weight
             return
         if not keep:
             for layer in self.layers:
@@ -117,6 +123,12 @@ class Joint(nn.Module):
         assert self._multiply is not None
         y = self._multiply(x)
         return y if lora is None else lora.add(self._targets, self._widths, x, y)
+
+
+def _multiply_in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ by products of one and the same shape, so that a row meets the same sums whatever stands beside it."""
+    filled = F.pad(x, (0, 0, 0, -x.shape[0] % BLOCK_ROWS))
+    return torch.cat([F.linear(block, weight) for block in filled.split(BLOCK_ROWS)])[: x.shape[0]]
 
 
 def _multiply_reordered(weight: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from loraserve.base import fused
 from loraserve.base.config import ModelConfig
 from loraserve.base.linear import Attention, Joint, Linear
 from loraserve.base.rope import Rope, rotate
-from loraserve.kernels import cpu
+from loraserve.kernels import cpu, dispatch
 from loraserve.lora.batch import LoraBatch
 
 
@@ -179,9 +179,7 @@ class Model(nn.Module):
         """
         weight = self.model.embed_tokens.weight
         assert isinstance(weight, Tensor)
-        kernels = (
-            weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
-        )
+        kernels = self.config.head_dim <= cpu.MAX_HEAD_DIM and dispatch.of(weight.device, weight.dtype) is not None
         self.packing = self.packing or (int8, repeatable)
         for module in self.modules():
             if isinstance(module, Joint):
@@ -206,13 +204,13 @@ class Model(nn.Module):
             positions: (N,) int64, each token's position in its own sequence.
             attention: keys, values and borders of the sequences.
             lora: the adapters of the rows, or None for the base alone.
-            rows: (M,) int64, the rows whose logits are wanted; all by default.
+            rows: (M,) int64, the rows whose logits are wanted; all by default. On the CPU nobody waits for them.
 
         Returns:
             (M, vocab_size) logits in the model's dtype.
         """
         hidden_states = self.model(input_ids, positions, attention, lora)  # (N, hidden)
         if rows is not None:
-            hidden_states = hidden_states[rows]
+            hidden_states = hidden_states[rows.to(hidden_states.device, non_blocking=True)]
             lora = lora.select(rows) if lora is not None else None
         return self.head(hidden_states, lora)[0]

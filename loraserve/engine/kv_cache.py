@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraserve.base.config import ModelConfig
 from loraserve.engine.scheduler import Chunk
-from loraserve.kernels import cpu
+from loraserve.kernels import dispatch
 
 
 class KVCache:
@@ -55,7 +55,7 @@ class CachedAttention:
         device = positions.device
         self._cache = cache
         self._positions = positions  # (N,)
-        self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype, cache.keys[0].shape[3])
+        self._kernels = dispatch.of(device, cache.keys[0].dtype, cache.keys[0].shape[3])
         self.max_position = max(chunk.start + chunk.count for chunk in chunks)
         slots = [chunk.sequence.slot for chunk in chunks]
         of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
@@ -86,7 +86,9 @@ class CachedAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
         b = self._num_decoding
         if self._kernels:
-            cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out)
+            self._kernels.store_and_attend(
+                q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out
+            )
         else:
             keys[self._slots, :, self._positions] = k
             values[self._slots, :, self._positions] = v

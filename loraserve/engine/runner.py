@@ -4,7 +4,7 @@ The base's model computes all sequences but those of merged adapters, whose mode
 and values lie in one cache.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from loraserve.kernels.threads import apart
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
+
+if TYPE_CHECKING:
+    from loraserve.engine.graphs import DecodeGraphs
 
 
 class Runner:
@@ -38,6 +41,11 @@ class Runner:
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}
         self._stack = AdapterStack([])
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and model.model.fused and not model.config.num_experts and not deterministic:
+            from loraserve.engine import graphs  # needs Triton
+
+            self._graphs = graphs.DecodeGraphs(model, cache, graphs.cuda_graphs())
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
@@ -48,13 +56,12 @@ class Runner:
         by_model: dict[Any, list[Chunk]] = {}
         for chunk in chunks:
             by_model.setdefault(chunk.sequence.merged, []).append(chunk)
-        return [
-            result
-            for merged, own in by_model.items()
-            for result in self._forward(self._model if merged is None else merged.model, own)
-        ]
+        return [result for merged, own in by_model.items() for result in self._forward(merged, own)]
 
-    def _forward(self, model: Model, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
+    def _forward(self, merged: Any, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
+        if merged is None and self._graphs is not None and (replayed := self._graphs.run(chunks)) is not None:
+            decoding = [chunk.sequence for chunk in chunks]
+            return list(zip(decoding, sample(replayed, decoding), strict=True))
         ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
@@ -64,22 +71,17 @@ class Runner:
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
         where = torch.tensor(positions, device=self._device)
-        logits = model(
+        logits = (self._model if merged is None else merged.model)(
             torch.tensor(ids, device=self._device),
             where,
             CachedAttention(self._cache, chunks, where, self._deterministic),
             self._lora_batch(chunks),
-            rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+            rows=torch.tensor(last_rows, dtype=torch.int64) if len(last_rows) < len(ids) else None,
         )
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return []
-        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one pass: NaN and Inf survive a sum
-        if all(finite):
-            return list(zip(sampling, sample(logits, sampling), strict=True))
-        sound = [i for i, is_finite in enumerate(finite) if is_finite]
-        tokens = iter(sample(logits[sound], [sampling[i] for i in sound]) if sound else [])
-        return [(s, next(tokens) if is_finite else None) for s, is_finite in zip(sampling, finite, strict=True)]
+        return list(zip(sampling, sample(logits, sampling), strict=True))
 
     def clear(self, sequence: Sequence) -> None:
         """Zero the keys and values of a sequence that ends unseen: NaN among them would reach its slot's next owner."""
@@ -93,6 +95,8 @@ class Runner:
     def forget_adapters(self) -> None:
         """Let go of the adapters of past steps."""
         self._stacked, self._stack = {}, AdapterStack([])
+        if self._graphs is not None:
+            self._graphs.forget_adapters()
 
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)

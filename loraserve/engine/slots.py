@@ -1,9 +1,9 @@
 """The cache's slots: who owns which, and what the free ones still hold. The prefix cache is no more than that.
 
 A slot keeps the keys and values of the sequence that left it until its room is needed, the least recently used first.
-A new sequence starts where the longest prefix that it shares with another ends, running or gone. Nothing is computed twice
-that was computed by the same weights: the key of values is which adapters, by content and weight, made them, merged or
-not, and the tokens before. Pure bookkeeping: no torch; the copies that `take` asks for are carried out by the engine.
+A new sequence starts where the longest prefix that it shares with another, running or gone, ends. Values serve only
+those for whom the same weights would make them: the key is which adapters, by content and weight, merged or not, and
+the tokens. Pure bookkeeping: no torch; the copies that `take` asks for are carried out by the engine.
 """
 
 from collections.abc import Hashable
@@ -97,18 +97,14 @@ class Slots:
         return (0, slot) if held is None else (held.used, slot)
 
     def _longest(self, sequence: Sequence) -> tuple[int, int]:
-        """The slot that shares the longest prefix with a sequence, and how long it is, one token less than its prompt."""
+        """The slot that shares most with a sequence, and how much; its last token is never shared."""
         key, prompt = key_of(sequence), sequence.prompt_token_ids
         best, most = -1, MIN_SHARED - 1
-        for slot, owner in self._owners.items():
-            if owner.num_computed > most and key_of(owner) == key:
-                known = owner.tokens(0, min(owner.num_computed, len(prompt) - 1))
-                if (shared := _common(prompt, known, most)) > most:
-                    best, most = slot, shared
-        for slot, held in self._free.items():
-            if held is not None and held.key == key:
-                if (shared := _common(prompt, held.tokens[: len(prompt) - 1], most)) > most:
-                    best, most = slot, shared
+        known = {slot: (key_of(owner), owner.tokens(0, owner.num_computed)) for slot, owner in self._owners.items()}
+        known |= {slot: (held.key, held.tokens) for slot, held in self._free.items() if held is not None}
+        for slot, (made_by, tokens) in known.items():
+            if made_by == key and (shared := _common(prompt[:-1], tokens, most)) > most:
+                best, most = slot, shared
         return (best, most) if best >= 0 else (-1, 0)
 
 

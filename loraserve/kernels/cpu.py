@@ -77,6 +77,23 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     return out
 
 
+Entries = tuple[Tensor, Tensor, Tensor]
+"""Rows, slots and weights of entries, sorted by slot."""
+
+
+def entries(row_weights: Tensor, device: torch.device | str = "cpu") -> Entries:
+    """Return the nonzero entries of W (N, S) float32."""
+    slots, rows = row_weights.T.nonzero(as_tuple=True)
+    return rows.contiguous(), slots.contiguous(), row_weights[rows, slots]
+
+
+def deltas(
+    weights: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]], widths: Sequence[int], dtype: torch.dtype
+) -> "Deltas":
+    """Return what adapters do to layers of one input."""
+    return Deltas(weights, widths, dtype)
+
+
 class Deltas:
     """What adapters do to layers of one input, as the kernel wants it: pointers to A (r, in) and Bᵀ (r, out).
 
@@ -103,8 +120,9 @@ class Deltas:
         self._widths = torch.tensor(list(widths))
         self._most = max(ranks)
 
-    def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
-        """Add to y (N, Σout) in place what entries (row, slot, weight), sorted by slot, ask for; x (N, in)."""
+    def add(self, x: Tensor, y: Tensor, entries: Entries) -> None:
+        """Add to y (N, Σout) in place what the entries ask for; x (N, in)."""
+        rows, slots, weights = entries
         assert x.dtype == y.dtype == self._dtype and x.is_contiguous() and y.is_contiguous()
         floats = len(rows) * (x.shape[1] + len(self._widths) * self._most)
         scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))

@@ -2,8 +2,8 @@
 
     y = x Wᵀ
 
-in float32, bfloat16, or with int8 weights. With int8, each output's weights and each row of activations are rounded to 8
-bits with a scale of their own, so a row never depends on its neighbours:
+in float32, bfloat16, or with int8 weights. With int8, each output's weights and each row of activations are rounded to
+8 bits with a scale of their own, so a row never depends on its neighbours:
 
     y[n, o] ≈ x_scale[n] · w_scale[o] · Σ_k q_x[n, k] · q_w[o, k],    scale = max|·| / 127
 

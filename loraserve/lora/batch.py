@@ -15,15 +15,23 @@ oracle.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loraserve.kernels import cpu
+from loraserve.kernels import dispatch
+from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
 """A slot with more rows than this takes a product of its own."""
+
+
+class Work(Protocol):
+    """A part of a batch's delta."""
+
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None: ...
 
 
 @dataclass
@@ -72,16 +80,15 @@ class _Together:
 
 @dataclass
 class _Few:
-    """A few rows of each of any slots, by the CPU's kernel: entries (row, slot, weight), by slot."""
+    """A few rows of each of any slots, by a kernel."""
 
     stack: AdapterStack
-    rows: Tensor
-    slots: Tensor
-    weights: Tensor
+    kernels: Kernels
+    entries: Any
 
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
-        if (deltas := self.stack.deltas(targets, widths, x.dtype)) is not None:
-            deltas.add(x.contiguous(), y, self.rows, self.slots, self.weights)
+        if (deltas := self.stack.deltas(self.kernels, targets, widths, x.dtype)) is not None:
+            deltas.add(x.contiguous(), y, self.entries)
 
 
 class LoraBatch:
@@ -102,7 +109,7 @@ class LoraBatch:
         self.row_weights = row_weights
         self._device = device
         self._few_rows = sys.maxsize if repeatable else FEW_ROWS
-        self._plans: dict[bool, list[_Alone | _Together | _Few]] = {}
+        self._plans: dict[bool, list[Work]] = {}
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
@@ -134,6 +141,13 @@ class LoraBatch:
         weights[list(rows), list(slots)] = torch.tensor(values)
         return cls(stack, weights.repeat_interleave(lengths, dim=0), device, repeatable)
 
+    @classmethod
+    def fixed(cls, work: Work) -> "LoraBatch":
+        """A batch that does `work` and nothing else; no rows can be selected from it."""
+        batch = cls(AdapterStack([]), torch.empty(0, 0))
+        batch._plans = {False: [work], True: [work]}
+        return batch
+
     def select(self, rows: Tensor) -> "LoraBatch":
         """The batch of a subset of rows, `rows` (M,) int64: an expert's tokens, or the rows that sample."""
         repeatable = self._few_rows > FEW_ROWS
@@ -157,28 +171,28 @@ class LoraBatch:
             x: their input (N, in).
             y: their outputs side by side (N, Σout); written in place and returned.
         """
-        kernel = x.device.type == "cpu" and x.dtype == y.dtype and cpu.available(x.dtype)
-        kernel = kernel and not torch.is_grad_enabled()
-        if kernel not in self._plans:
+        kernels = None
+        if x.dtype == y.dtype and not torch.is_grad_enabled():
+            kernels = dispatch.of(x.device, x.dtype)
+        if (planned := kernels is not None) not in self._plans:
             slots = range(len(self.stack.adapters))
-            self._plans[kernel] = self._plan_for_kernel() if kernel else self._plan_for_groups(slots)
-        for work in self._plans[kernel]:
+            self._plans[planned] = self._plan_for(kernels) if kernels else self._plan_for_groups(slots)
+        for work in self._plans[planned]:
             work.add(targets, widths, x, y)
         return y
 
-    def _plan_for_kernel(self) -> list[_Alone | _Together | _Few]:
+    def _plan_for(self, kernels: Kernels) -> list[Work]:
         """The kernel for slots of few rows, matrix products for the others."""
         counts = (self.row_weights != 0).sum(dim=0)  # (S,)
         few = (counts <= self._few_rows) & (counts > 0)
         plan = self._plan_for_groups(((counts > self._few_rows).nonzero().squeeze(1)).tolist())
         if few.any():
-            slots, rows = (self.row_weights * few).T.nonzero(as_tuple=True)
-            plan.append(_Few(self.stack, rows.contiguous(), slots.contiguous(), self.row_weights[rows, slots]))
+            plan.append(_Few(self.stack, kernels, kernels.entries(self.row_weights * few, self._device)))
         return plan
 
-    def _plan_for_groups(self, slots: Sequence[int]) -> list[_Alone | _Together | _Few]:
+    def _plan_for_groups(self, slots: Sequence[int]) -> list[Work]:
         """Matrix products for some of the slots."""
-        plan: list[_Alone | _Together | _Few] = []
+        plan: list[Work] = []
         wanted = set(slots)
         for group in self.stack.groups:
             weights = self.row_weights[:, group.members]  # (N, S)
