@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton here")
+from tests.conftest import TRITON
+
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.base.model import Model
 from loraserve.engine.graphs import DecodeGraphs, cuda_graphs

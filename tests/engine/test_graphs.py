@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton here")
+from tests.conftest import TRITON, MakeAdapter, random_weights
+
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.base.config import ModelConfig
 from loraserve.base.model import Model
@@ -22,7 +24,6 @@ from loraserve.engine.sequence import Sequence
 from loraserve.kernels import cuda, dispatch
 from loraserve.lora import table
 from loraserve.lora.adapter import Adapter
-from tests.conftest import MakeAdapter, random_weights
 
 Adapters = dict[str, Adapter]
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14], [70, 80], [200], [100, 200]]
