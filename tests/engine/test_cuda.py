@@ -51,7 +51,7 @@ def test_the_engine_takes_the_kernels_and_the_graphs_by_itself(model: Model) -> 
 def test_a_replayed_step_repeats_bit_for_bit(model: Model, adapters: Adapters) -> None:
     serving = Serving(model, cuda_graphs())
     serving.answers(adapters, SPECS, [2] * 5)
-    ((replay, _),) = serving.engine._runner._graphs._steps.values()
+    ((replay, _),) = serving.runner._graphs._steps.values()
     with torch.inference_mode():
         first = replay().clone()
         assert first[:5].isfinite().all()
