@@ -25,6 +25,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # runs CUDA's kernels on the CPU; Triton reads it when it is imported
 torch.set_num_threads(1)
 
+TRITON = "3.6" if torch.cuda.is_available() else "3.7"
+"""The least version that tests need: older interpreters do not know NumPy 2.4."""
+
 TEXTS = (
     "Hello! How are you today? I am fine, thank you very much.",
     "What is the weather like? It is sunny, and the sky is blue.",

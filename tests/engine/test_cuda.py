@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton here")
+from tests.conftest import TRITON
+
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.base.model import Model
 from loraserve.engine.graphs import DecodeGraphs, cuda_graphs
@@ -49,7 +51,7 @@ def test_the_engine_takes_the_kernels_and_the_graphs_by_itself(model: Model) -> 
 def test_a_replayed_step_repeats_bit_for_bit(model: Model, adapters: Adapters) -> None:
     serving = Serving(model, cuda_graphs())
     serving.answers(adapters, SPECS, [2] * 5)
-    ((replay, _),) = serving.engine._runner._graphs._steps.values()
+    ((replay, _),) = serving.runner._graphs._steps.values()
     with torch.inference_mode():
         first = replay().clone()
         assert first[:5].isfinite().all()

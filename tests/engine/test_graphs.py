@@ -8,21 +8,21 @@ from collections.abc import Callable
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton here")
+from tests.conftest import TRITON, MakeAdapter, random_weights
+
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.base.config import ModelConfig
 from loraserve.base.model import Model
-from loraserve.engine.engine import Engine
 from loraserve.engine.graphs import DecodeGraphs, Step, bucket
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.scheduler import Chunk
 from loraserve.engine.sequence import Sequence
 from loraserve.kernels import cuda, dispatch
 from loraserve.lora import table
 from loraserve.lora.adapter import Adapter
-from tests.conftest import MakeAdapter, random_weights
 
 Adapters = dict[str, Adapter]
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14], [70, 80], [200], [100, 200]]
@@ -73,25 +73,31 @@ class Recorder:
 
 
 class Serving:
-    """An engine over its own cache, with or without recordings."""
+    """A runner over its own cache, with or without recordings."""
 
     def __init__(self, model: Model, record: Callable[[Step], Step] | None) -> None:
         device = model.lm_head.weight.device
         self.cache = KVCache(model.config, SLOTS, LENGTH, device, torch.float32)
-        runner = Runner(model, self.cache)
-        runner._graphs = DecodeGraphs(model, self.cache, record) if record else None
-        self.engine = Engine(runner, Scheduler(SLOTS, 512, 64))
+        self.runner = Runner(model, self.cache)
+        self.runner._graphs = DecodeGraphs(model, self.cache, record) if record else None
 
     def answers(self, adapters: Adapters, specs: list[dict[str, float]], tokens: list[int]) -> list[list[int]]:
+        """All prompts in one step, then a token of each sequence per step."""
         params = SamplingParams(temperature=0.0)
         sequences = [
             Sequence(prompt, params, count, tuple((adapters[name], weight) for name, weight in spec.items()))
             for prompt, spec, count in zip(PROMPTS, specs, tokens, strict=False)
         ]
-        for sequence in sequences:
-            self.engine.add(sequence)
-        while self.engine.has_work:
-            self.engine.step()
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+        running = sorted(sequences, key=lambda s: len(s.prompt_token_ids) > 1)  # a step begins with single tokens
+        chunks = [Chunk(s, 0, len(s.prompt_token_ids)) for s in running]
+        while chunks:
+            results = self.runner.run(chunks)
+            assert [sequence for sequence, _ in results] == running
+            running = [sequence for sequence, token in results if sequence.append(token.token_id) is None]
+            chunks = [Chunk(s, s.num_tokens - 1, 1) for s in running]
+        self.runner.forget_adapters()
         return [sequence.output_token_ids for sequence in sequences]
 
 
@@ -141,7 +147,7 @@ def test_a_step_is_padded_to_a_bucket_and_recorded_once(model: Model, adapters: 
 def test_adapters_come_and_go_without_staying_in_memory(model: Model, adapters: Adapters) -> None:
     """The table holds what runs, and no more than as much again."""
     serving = Serving(model, Recorder())
-    table = serving.engine._runner._graphs._adapters
+    table = serving.runner._graphs._adapters
     a, b, c = adapters.values()
     assert not table.hold([a, b])
     assert not table.hold([c])
@@ -149,7 +155,7 @@ def test_adapters_come_and_go_without_staying_in_memory(model: Model, adapters: 
     table.hold([c, a])
     table.hold([a])
     assert set(table._slots) == {a, c}, "it may be asked for in the next step again"
-    serving.engine._runner.forget_adapters()
+    serving.runner.forget_adapters()
     assert not table._slots and not table._kept
     assert sorted(table._free) == list(range(64))
 
@@ -175,7 +181,7 @@ def test_what_cannot_be_recorded_runs_as_usual(
     wanted = plain_answers(model, adapters, SPECS, [2] * 5, monkeypatch)
     recorder = Recorder()
     serving = Serving(model, recorder)
-    serving.engine._runner._graphs._adapters.max_entries = 6  # five rows have seven
+    serving.runner._graphs._adapters.max_entries = 6  # five rows have seven
     assert serving.answers(adapters, SPECS, [2] * 5) == wanted
     assert recorder.recorded == 0
 

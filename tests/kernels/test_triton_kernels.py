@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from loraserve.base.model import RMSNorm
 from loraserve.base.rope import rotate
+from tests.conftest import TRITON
 
-pytest.importorskip("triton", reason="no Triton here")
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.kernels import cuda
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="no Triton here")
+from tests.conftest import TRITON
+
+pytest.importorskip("triton", minversion=TRITON, reason="no Triton, or none new enough, here")
 
 from loraserve.kernels import cuda, dispatch
 from loraserve.lora.adapter import LoraWeight
