@@ -39,46 +39,58 @@ INLINE vector_i32 dot_int8(vector_i32 sum, uint32_t x, vector_u32 w) {
     __m512i a = _mm512_set1_epi32(x); /* not as an intrinsic, for which gcc 12 copies the sums to and fro */
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));
 #else
-    UNROLL for (int byte = 0; byte < 32; byte += 8) sum += (int32_t)(x >> byte & 255) * ((vector_i32)(w << (24 - byte)) >> 24);
+    UNROLL for (int bit = 0; bit < 32; bit += 8)
+        sum += (int32_t)(x >> bit & 255) * ((vector_i32)(w << (24 - bit)) >> 24);
 #endif
     return sum;
 }
 
-#define TILE(name, X, step, SUM, dot)                                                                                  \
-    INLINE void name(const X *x, const char *w, int64_t k, const int rows, const int vectors,                          \
-                     SUM sums[ROWS][VECTORS]) {                                                                        \
-        UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++) sums[i][j] = (SUM){0};          \
+/* The sums of `rows` rows of x with `vectors` vectors of outputs, in registers until the end. */
+#define TILE(kind, X, step, SUM, rows, vectors)                                                                        \
+    static void tile_##kind##_##rows##_##vectors(const X *x, const char *w, int64_t k, SUM out[]) {                    \
+        SUM sums[rows][vectors] = {{{0}}};                                                                             \
         for (int64_t p = 0; p < k / step; p++) {                                                                       \
-            vector_u32 weights[VECTORS];                                                                               \
+            vector_u32 weights[vectors];                                                                               \
             UNROLL for (int j = 0; j < vectors; j++) memcpy(weights + j, w + (j * (k / step) + p) * 64, 64);           \
             UNROLL for (int i = 0; i < rows; i++) {                                                                    \
                 uint32_t inputs;                                                                                       \
                 memcpy(&inputs, x + i * k + p * step, 4);                                                              \
-                UNROLL for (int j = 0; j < vectors; j++) sums[i][j] = dot(sums[i][j], inputs, weights[j]);             \
+                UNROLL for (int j = 0; j < vectors; j++) sums[i][j] = dot_##kind(sums[i][j], inputs, weights[j]);      \
             }                                                                                                          \
         }                                                                                                              \
+        UNROLL for (int i = 0; i < rows; i++)                                                                          \
+            UNROLL for (int j = 0; j < vectors; j++) out[i * vectors + j] = sums[i][j];                                \
     }
-TILE(tile_f32, float, 1, vector, dot_f32)
-TILE(tile_bf16, uint16_t, 2, vector, dot_bf16)
-TILE(tile_int8, uint8_t, 4, vector_i32, dot_int8)
+#define TILES(kind, X, step, SUM)                                                                                      \
+    TILE(kind, X, step, SUM, 6, 4)                                                                                     \
+    TILE(kind, X, step, SUM, 4, 4)                                                                                     \
+    TILE(kind, X, step, SUM, 2, 4)                                                                                     \
+    TILE(kind, X, step, SUM, 1, 4)                                                                                     \
+    TILE(kind, X, step, SUM, 6, 1)                                                                                     \
+    TILE(kind, X, step, SUM, 1, 1)                                                                                     \
+    /* As many rows of at most `left` as a tile takes; returns how many. */                                            \
+    static int64_t tile_##kind(const X *x, const char *w, int64_t k, int64_t left, int64_t vectors, SUM out[]) {       \
+        if (vectors == 1 && left >= 6) return tile_##kind##_6_1(x, w, k, out), 6;                                      \
+        if (vectors == 1) return tile_##kind##_1_1(x, w, k, out), 1;                                                   \
+        if (left >= 6) return tile_##kind##_6_4(x, w, k, out), 6;                                                      \
+        if (left >= 4) return tile_##kind##_4_4(x, w, k, out), 4;                                                      \
+        if (left >= 2) return tile_##kind##_2_4(x, w, k, out), 2;                                                      \
+        return tile_##kind##_1_4(x, w, k, out), 1;                                                                     \
+    }
+TILES(f32, float, 1, vector)
+TILES(bf16, uint16_t, 2, vector)
+TILES(int8, uint8_t, 4, vector_i32)
 
-/* What one thread does: all rows of x by blocks of the outputs' vectors, as many at once as registers hold. */
-#define ALL_ROWS(block, vectors)                                                                                       \
-    do {                                                                                                               \
-        int64_t i = 0;                                                                                                 \
-        for (; m - i >= 6; i += 6) block(i, 6, vectors);                                                               \
-        if (m - i >= 4) block(i, 4, vectors), i += 4;                                                                  \
-        if (m - i >= 2) block(i, 2, vectors), i += 2;                                                                  \
-        if (m - i >= 1) block(i, 1, vectors);                                                                          \
-    } while (0)
-#define ALL_OUTPUTS(block)                                                                                             \
-    for (int64_t v = 0; v < (n + WIDTH - 1) / WIDTH; v += VECTORS) {                                                   \
-        if (v + VECTORS <= (n + WIDTH - 1) / WIDTH) {                                                                  \
-            int64_t at = v;                                                                                            \
-            ALL_ROWS(block, VECTORS);                                                                                  \
-        } else                                                                                                         \
-            for (int64_t at = v; at < (n + WIDTH - 1) / WIDTH; at++) ALL_ROWS(block, 1);                               \
-    }
+/* Blocks of outputs: task -> first vector and number of vectors, VECTORS while there are as many, then one by one. */
+INLINE int64_t tasks_of(int64_t n) {
+    int64_t vectors = (n + WIDTH - 1) / WIDTH;
+    return vectors / VECTORS + vectors % VECTORS;
+}
+INLINE int64_t block_of(int64_t task, int64_t n, int64_t *vectors) {
+    int64_t whole = (n + WIDTH - 1) / WIDTH / VECTORS;
+    *vectors = task < whole ? VECTORS : 1;
+    return task < whole ? task * VECTORS : whole * VECTORS + task - whole;
+}
 
 #define T float
 #define SUFFIX f32
@@ -101,43 +113,25 @@ TILE(tile_int8, uint8_t, 4, vector_i32, dot_int8)
 
 #else
 
-INLINE void FN(store)(T *y, vector sum, int64_t count) {
+static void FN(store)(T *y, const vector *sum, int64_t count) {
     if (count >= WIDTH)
 #pragma omp simd
-        for (int j = 0; j < WIDTH; j++) y[j] = STORE(sum[j]);
+        for (int j = 0; j < WIDTH; j++) y[j] = STORE((*sum)[j]);
     else
-        for (int j = 0; j < count; j++) y[j] = STORE(sum[j]);
-}
-
-INLINE void FN(block)(const T *x, const char *w, T *y, int64_t k, int64_t n, int64_t at, const int rows,
-                      const int vectors) {
-    vector sums[ROWS][VECTORS];
-    FN(tile)(x, w + at * (k / STEP) * 64, k, rows, vectors, sums);
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < vectors; j++)
-        FN(store)(y + i * n + (at + j) * WIDTH, sums[i][j], n - (at + j) * WIDTH);
+        for (int j = 0; j < count; j++) y[j] = STORE((*sum)[j]);
 }
 
 void FN(multiply)(const T *x, const char *w, T *y, int64_t m, int64_t k, int64_t n) {
-#define BLOCK(i, rows, vectors) FN(block)(x + (i) * k, w, y + (i) * n, k, n, at, rows, vectors)
 #pragma omp parallel for schedule(static)
-    ALL_OUTPUTS(BLOCK)
-#undef BLOCK
-}
-
-INLINE void FN(block_int8)(const uint8_t *x, const char *w, const float *x_scale, const float *w_scale,
-                           const int32_t *w_sum, T *y, int64_t k, int64_t n, int64_t at, const int rows,
-                           const int vectors) {
-    vector_i32 sums[ROWS][VECTORS];
-    tile_int8(x, w + at * (k / 4) * 64, k, rows, vectors, sums);
-    UNROLL for (int j = 0; j < vectors; j++) {
-        vector scale;
-        vector_i32 sum;
-        memcpy(&scale, w_scale + (at + j) * WIDTH, sizeof scale);
-        memcpy(&sum, w_sum + (at + j) * WIDTH, sizeof sum);
-        UNROLL for (int i = 0; i < rows; i++)
-            FN(store)(y + i * n + (at + j) * WIDTH,
-                      __builtin_convertvector(sums[i][j] - 128 * sum, vector) * (scale * x_scale[i]),
-                      n - (at + j) * WIDTH);
+    for (int64_t task = 0; task < tasks_of(n); task++) {
+        vector sums[ROWS * VECTORS];
+        int64_t vectors, at = block_of(task, n, &vectors), rows;
+        for (int64_t row = 0; row < m; row += rows) {
+            rows = FN(tile)(x + row * k, w + at * (k / STEP) * 64, k, m - row, vectors, sums);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < vectors; j++)
+                    FN(store)(y + (row + i) * n + (at + j) * WIDTH, sums + i * vectors + j, n - (at + j) * WIDTH);
+        }
     }
 }
 
@@ -165,11 +159,24 @@ void FN(multiply_int8)(const T *x, const char *w, const float *w_scale, const in
                 q[i * k + j] = (uint8_t)(value.u + 128);
             }
         }
-#define BLOCK(i, rows, vectors)                                                                                        \
-    FN(block_int8)(q + (i) * k, w, scratch + (i), w_scale, w_sum, y + (i) * n, k, n, at, rows, vectors)
 #pragma omp for schedule(static)
-        ALL_OUTPUTS(BLOCK)
-#undef BLOCK
+        for (int64_t task = 0; task < tasks_of(n); task++) {
+            vector_i32 sums[ROWS * VECTORS];
+            int64_t vectors, at = block_of(task, n, &vectors), rows;
+            for (int64_t row = 0; row < m; row += rows) {
+                rows = tile_int8(q + row * k, w + at * (k / 4) * 64, k, m - row, vectors, sums);
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < vectors; j++) {
+                        vector scale, result;
+                        vector_i32 sum;
+                        memcpy(&scale, w_scale + (at + j) * WIDTH, sizeof scale);
+                        memcpy(&sum, w_sum + (at + j) * WIDTH, sizeof sum);
+                        sum = sums[i * vectors + j] - 128 * sum;
+                        result = __builtin_convertvector(sum, vector) * (scale * scratch[row + i]);
+                        FN(store)(y + (row + i) * n + (at + j) * WIDTH, &result, n - (at + j) * WIDTH);
+                    }
+            }
+        }
     }
 }
 
