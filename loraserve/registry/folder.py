@@ -193,6 +193,15 @@ def state_of(path: Path | str) -> State | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def times_of(path: Path) -> tuple[int, int, int, int] | None:
+    """What tells that nobody wrote to a file, not even under its old times: inode, size, mtime, ctime; None for none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def _plain_files(folder: Path) -> list[Path]:
     files = [entry for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink()]
     return sorted(entry for entry in files if not entry.name.startswith("."))

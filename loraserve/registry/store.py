@@ -6,9 +6,11 @@ into place; what a crash leaves under `.staging` is removed by the next writer a
 allowlist and symlinks are not followed, so nothing outside the directory is reached.
 """
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +20,13 @@ from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidR
 from loraserve.lora.adapter import Adapter, Shapes, find_size_problems, find_value_problems
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.files import copy_file, write_file
+from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import read_adapter, write_adapter
-from loraserve.lora.spec import BASE, NAME_PATTERN, Spec, check_name, parse_spec
+from loraserve.lora.spec import Spec, check_name, parse_spec
 from loraserve.registry.adopt import adopt_dropped, seal, settle
 from loraserve.registry.fit import Fit
-from loraserve.registry.folder import WATCHED, AdapterFolder, is_adapter
+from loraserve.registry.folder import WATCHED, AdapterFolder, times_of
+from loraserve.registry.listing import iterate_names, may_name
 from loraserve.registry.manifest import MANIFEST_FILE, Manifest
 from loraserve.registry.record import Record, read_record
 from loraserve.registry.sources import blend_of, export_to, import_to
@@ -31,6 +35,8 @@ from loraserve.registry.verify import Problem, find_problems_of, find_strays
 
 READERS_PATIENCE = 0.5
 """Seconds a reader waits for the lock to adopt files changed by hand, before it goes on with the current version."""
+SETTLED = 1.0
+"""Seconds since the last change of a file until its times are trusted to tell of the next one."""
 
 
 class Registry:
@@ -55,23 +61,34 @@ class Registry:
         self.fingerprint = fingerprint
         self._fit = Fit(shapes, fingerprint, allow_base_mismatch)
         self._records: dict[str, Record] = {}
+        self._refusals: dict[str, tuple[object, AdapterRefused]] = {}  # name -> (signature, what is wrong)
+        self._sound: dict[str, object] = {}  # name -> the files whose hash and values were checked
         self._staging = Staging(self.root)
 
     def names(self) -> list[str]:
         """Every adapter's name, in order. One or two stat calls each, no file is opened."""
-        try:
-            entries = os.scandir(self.root)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        with entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if NAME_PATTERN.fullmatch(entry.name)
-                and entry.name != BASE
-                and entry.is_dir(follow_symlinks=False)
-                and is_adapter(entry.path)
-            )
+        return list(iterate_names(self.root))
+
+    def page(self, limit: int, after: str = "", query: str = "", without: Container[str] = ()) -> tuple[list[str], bool]:
+        """Up to `limit` names in order, and whether there are more; stat calls for these alone.
+
+        Args:
+            after: only names that come after this one, which need not exist.
+            query: only names with this in them, in upper or lower case.
+            without: names to leave out.
+        """
+        matching = (n for n in iterate_names(self.root, after, query) if n not in without)
+        found = list(itertools.islice(matching, limit + 1))
+        return found[:limit], len(found) > limit
+
+    def has(self, name: str) -> bool:
+        """Whether there is an adapter of that name, whatever it is worth; never raises."""
+        return may_name(name) and AdapterFolder(self.root / name).signature() is not None
+
+    def refusal(self, name: str) -> AdapterRefused | None:
+        """Why `get` refused an adapter the last time; None if it did not, or the files have changed since."""
+        signature, error = self._refusals.get(name, (None, None))
+        return error if error is not None and self._folder(name).signature() == signature else None
 
     def get(self, name: str) -> Record:
         """The current version of an adapter; a few stat calls while its files are untouched.
@@ -89,6 +106,10 @@ class Registry:
         known = self._records.get(name)
         if known is not None and known.signature == signature:
             return known
+        refused = self._refusals.pop(name, None)
+        if refused is not None and refused[0] == signature:
+            self._refusals[name] = refused
+            raise AdapterRefused(name, refused[1].problems)
         warning, settled = None, True
         if folder.current() is not None and not folder.in_step():
             try:
@@ -97,10 +118,15 @@ class Registry:
             except (Conflict, StorageError) as error:
                 warning, settled = str(error), False
             signature = folder.signature() or ()
-        record = read_record(name, folder, folder.current() or 0, self.shapes)
-        problems, doubts = self._fit.compare(record.manifest)
-        if problems:
-            raise AdapterRefused(name, problems)
+        try:
+            record = read_record(name, folder, folder.current() or 0, self.shapes)
+            problems, doubts = self._fit.compare(record.manifest)
+            if problems:
+                raise AdapterRefused(name, problems)
+        except AdapterRefused as refusal:
+            if settled:
+                self._refusals[name] = signature, refusal
+            raise
         doubts += [warning] if warning else []
         record = replace(record, warnings=record.warnings + doubts, signature=signature)
         if settled:
@@ -110,17 +136,28 @@ class Registry:
     def load(self, name: str) -> Adapter:
         """The weights of an adapter's current version, checked whole.
 
+        Hash and values are checked when the files are first read; until they change, later loads only read them.
+
         Raises:
             InvalidRequest, AdapterNotFound: see `get`.
             AdapterRefused: it would do nothing, or the wrong thing; `problems` lists everything found.
         """
         while True:
             record = self.get(name)
+            times = times_of(record.path / WEIGHTS_FILE)
+            files = (record.signature, record.path, times)
+            trusted = self._sound.get(name) == files
             try:
-                return read_adapter(record.path, name, self.shapes, record.manifest.sha256)[0]
+                adapter, _ = read_adapter(record.path, name, self.shapes, record.manifest.sha256, trusted=trusted)
             except AdapterRefused:
                 if self.get(name).signature == record.signature:  # else its files changed while they were read
                     raise
+                continue
+            unchanged = times is not None and times == times_of(record.path / WEIGHTS_FILE)
+            if unchanged and time.time_ns() - max(times[2:]) > SETTLED * 1e9:
+                self._sound[name] = files
+            if unchanged or not trusted:
+                return adapter
 
     def publish(
         self,
