@@ -65,6 +65,11 @@ class Runner:
         """Let go of the adapters of past steps."""
         self._stacked, self._stack = {}, AdapterStack([])
 
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of one adapter; it must not run any more."""
+        if adapter in self._stacked:
+            self.forget_adapters()
+
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)
         if not active:

@@ -1,7 +1,7 @@
 """One base and its adapters, answering requests: the engine behind `LLM`, the server and the terminal chat.
 
-Callers may be many threads; each gets a `Generation` to iterate. Everything that can be refused is refused in
-`generate`, before anything is queued.
+Callers may be many threads; each gets a `Generation` to iterate. What can be refused is refused in `generate`, before
+anything is queued; only a fault in an adapter's weights shows when they are loaded, and fails that request.
 """
 
 import itertools
@@ -106,7 +106,7 @@ class Service:
         max_num_seqs: requests that run at once.
         max_queue: requests that may wait beyond those.
         kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
-        adapter_memory: bytes for adapters on the device; a request for one more than fits is told to come back.
+        adapter_memory: bytes for adapters on the device; a request waits until its own are among them.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
@@ -145,6 +145,8 @@ class Service:
         scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
+        self.adapters.on_change = lambda: self._worker.post(self._engine.wake)
+        self.adapters.on_evict = lambda adapter: self._worker.post(lambda: self._engine.forget(adapter))
         self._seed = seed
         self._numbers = itertools.count(1)
 
@@ -181,37 +183,41 @@ class Service:
             spec: the adapters, see `parse_spec`; () is the base.
 
         Raises:
-            AdapterNotFound, AdapterRefused: an adapter of the SPEC cannot be used.
+            AdapterNotFound, AdapterRefused: an adapter of the SPEC cannot be used, as far as can be told without its
+                weights; what their load reveals comes from iterating the Generation.
             ContextLengthExceeded: prompt and max_tokens do not fit `max_model_len`.
-            InvalidRequest: an empty prompt, or a token id the base does not have.
+            InvalidRequest: an empty prompt, a token id the base does not have, or adapters larger than the memory for
+                them.
             QueueFull, NotReady: not now.
         """
-        sequence = self._sequence(prompt_token_ids, spec, params)
+        sequence = self._sequence(prompt_token_ids, params)
+        sequence.lease = self.adapters.lease(spec)
         outbox = self._worker.submit(sequence)
         text = TextStream(self.base.tokenizer, params.stop, params.logprobs is not None)
         return Generation(self._worker, sequence, outbox, text)
 
     def logits(self, token_ids: list[int], spec: Spec = ()) -> Tensor:
         """Return the logits (T, vocab_size) float32 after each of `token_ids`, computed without a cache."""
-        sequence = self._sequence(token_ids, spec, SamplingParams(max_tokens=1))
+        self._sequence(token_ids, SamplingParams(max_tokens=1))
 
         def run() -> Tensor:
             attention = PackedAttention([len(token_ids)], self.base.device)
-            stack = AdapterStack([adapter.weights for adapter, _ in sequence.adapters])
-            entries = [(slot, weight) for slot, (_, weight) in enumerate(sequence.adapters)]
+            stack = AdapterStack([adapter.weights for adapter, _ in held])
+            entries = [(slot, weight) for slot, (_, weight) in enumerate(held)]
             lora = LoraBatch.from_segments(stack, [(len(token_ids), entries)], self.base.device)
             ids = torch.tensor(token_ids, device=self.base.device)
             with torch.inference_mode():
                 return self.base.model(ids, attention.positions, attention, lora).float()
 
-        return self._worker.call(run)
+        with self.adapters.hold(spec) as held:
+            return self._worker.call(run)
 
     def loaded(self) -> list[str]:
         """Names of the adapters that are in the device's memory."""
         return self.adapters.names()
 
     def unload(self, name: str) -> bool:
-        """Drop an adapter's device copy; requests that run on it end undisturbed."""
+        """Drop an adapter's copies in memory and its pin; requests that run on it end undisturbed."""
         return self.adapters.drop(name)
 
     def stats(self) -> dict[str, Any]:
@@ -229,10 +235,16 @@ class Service:
             "prompt_tokens_total": self._engine.num_prompt_tokens,
             "generated_tokens_total": self._engine.num_generated_tokens,
             "adapters_loaded": len(self.adapters.names()),
+            "adapters_pinned": len(self.adapters.pinned()),
+            "adapters_waiting": self.adapters.num_waiting,
             "adapter_bytes": self.adapters.num_bytes,
+            "adapter_host_bytes": self.adapters.host_bytes,
+            "adapter_loads_total": self.adapters.num_loads,
+            "adapter_load_seconds_total": self.adapters.load_seconds,
+            "adapter_evictions_total": self.adapters.num_evictions,
         }
 
-    def _sequence(self, prompt: list[int], spec: Spec, params: SamplingParams) -> Sequence:
+    def _sequence(self, prompt: list[int], params: SamplingParams) -> Sequence:
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         vocab = self.base.config.vocab_size
@@ -255,7 +267,6 @@ class Service:
             prompt_token_ids=list(prompt),
             params=params,
             max_tokens=params.max_tokens or room,
-            adapters=tuple((a, w) for a, w in self.adapters.resolve(spec) if w),
             stop_ids=eos | frozenset(params.stop_token_ids),
             seed=seed,
         )

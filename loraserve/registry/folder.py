@@ -193,13 +193,11 @@ def state_of(path: Path | str) -> State | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def times_of(path: Path) -> tuple[int, int, int, int] | None:
-    """What tells that nobody wrote to a file, not even under its old times: inode, size, mtime, ctime; None for none."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def listed(numbers: list[int]) -> str:
+    """Version numbers in words."""
+    if not numbers:
+        return "no versions, it was never published"
+    return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _plain_files(folder: Path) -> list[Path]:

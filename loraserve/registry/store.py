@@ -9,8 +9,7 @@ allowlist and symlinks are not followed, so nothing outside the directory is rea
 import itertools
 import os
 import shutil
-import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +19,21 @@ from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidR
 from loraserve.lora.adapter import Adapter, Shapes, find_size_problems, find_value_problems
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.files import copy_file, write_file
-from loraserve.lora.header import WEIGHTS_FILE
-from loraserve.lora.peft import read_adapter, write_adapter
+from loraserve.lora.peft import write_adapter
 from loraserve.lora.spec import Spec, check_name, parse_spec
 from loraserve.registry.adopt import adopt_dropped, seal, settle
 from loraserve.registry.fit import Fit
-from loraserve.registry.folder import WATCHED, AdapterFolder, times_of
+from loraserve.registry.folder import WATCHED, AdapterFolder, listed
 from loraserve.registry.listing import iterate_names, may_name
 from loraserve.registry.manifest import MANIFEST_FILE, Manifest
-from loraserve.registry.record import Record, read_record
+from loraserve.registry.record import Findings, Record, read_record
+from loraserve.registry.sound import SoundFiles
 from loraserve.registry.sources import blend_of, export_to, import_to
 from loraserve.registry.staging import Staging
 from loraserve.registry.verify import Problem, find_problems_of, find_strays
 
 READERS_PATIENCE = 0.5
 """Seconds a reader waits for the lock to adopt files changed by hand, before it goes on with the current version."""
-SETTLED = 1.0
-"""Seconds since the last change of a file until its times are trusted to tell of the next one."""
 
 
 class Registry:
@@ -60,35 +57,26 @@ class Registry:
         self.shapes = shapes
         self.fingerprint = fingerprint
         self._fit = Fit(shapes, fingerprint, allow_base_mismatch)
-        self._records: dict[str, Record] = {}
-        self._refusals: dict[str, tuple[object, AdapterRefused]] = {}  # name -> (signature, what is wrong)
-        self._sound: dict[str, object] = {}  # name -> the files whose hash and values were checked
+        self._findings = Findings()
+        self._sound = SoundFiles()
         self._staging = Staging(self.root)
 
     def names(self) -> list[str]:
         """Every adapter's name, in order. One or two stat calls each, no file is opened."""
         return list(iterate_names(self.root))
 
-    def page(self, limit: int, after: str = "", query: str = "", without: Container[str] = ()) -> tuple[list[str], bool]:
-        """Up to `limit` names in order, and whether there are more; stat calls for these alone.
-
-        Args:
-            after: only names that come after this one, which need not exist.
-            query: only names with this in them, in upper or lower case.
-            without: names to leave out.
-        """
-        matching = (n for n in iterate_names(self.root, after, query) if n not in without)
-        found = list(itertools.islice(matching, limit + 1))
+    def page(self, limit: int, after: str = "", query: str = "") -> tuple[list[str], bool]:
+        """Up to `limit` names in order, and whether there are more; see `iterate_names`."""
+        found = list(itertools.islice(iterate_names(self.root, after, query), limit + 1))
         return found[:limit], len(found) > limit
 
     def has(self, name: str) -> bool:
         """Whether there is an adapter of that name, whatever it is worth; never raises."""
         return may_name(name) and AdapterFolder(self.root / name).signature() is not None
 
-    def refusal(self, name: str) -> AdapterRefused | None:
-        """Why `get` refused an adapter the last time; None if it did not, or the files have changed since."""
-        signature, error = self._refusals.get(name, (None, None))
-        return error if error is not None and self._folder(name).signature() == signature else None
+    def is_refused(self, name: str) -> bool:
+        """Whether a directory that was dropped in is known to be no adapter; False as long as nobody has asked."""
+        return isinstance(self._findings.recall(name, self._folder(name).signature()), AdapterRefused)
 
     def get(self, name: str) -> Record:
         """The current version of an adapter; a few stat calls while its files are untouched.
@@ -101,15 +89,12 @@ class Registry:
         folder = self._folder(name)
         signature = folder.signature()
         if signature is None:
-            self._records.pop(name, None)
+            self._findings.forget(name)
             raise self._not_found(name)
-        known = self._records.get(name)
-        if known is not None and known.signature == signature:
+        if (known := self._findings.recall(name, signature)) is not None:
+            if isinstance(known, AdapterRefused):
+                raise AdapterRefused(name, known.problems)
             return known
-        refused = self._refusals.pop(name, None)
-        if refused is not None and refused[0] == signature:
-            self._refusals[name] = refused
-            raise AdapterRefused(name, refused[1].problems)
         warning, settled = None, True
         if folder.current() is not None and not folder.in_step():
             try:
@@ -118,25 +103,24 @@ class Registry:
             except (Conflict, StorageError) as error:
                 warning, settled = str(error), False
             signature = folder.signature() or ()
+        current = folder.current() or 0
         try:
-            record = read_record(name, folder, folder.current() or 0, self.shapes)
+            record = read_record(name, folder, current, self.shapes)
             problems, doubts = self._fit.compare(record.manifest)
             if problems:
                 raise AdapterRefused(name, problems)
         except AdapterRefused as refusal:
-            if settled:
-                self._refusals[name] = signature, refusal
+            if not current:  # the signature covers all that was read
+                self._findings.keep(name, signature, refusal)
             raise
         doubts += [warning] if warning else []
         record = replace(record, warnings=record.warnings + doubts, signature=signature)
         if settled:
-            self._records[name] = record
+            self._findings.keep(name, signature, record)
         return record
 
     def load(self, name: str) -> Adapter:
         """The weights of an adapter's current version, checked whole.
-
-        Hash and values are checked when the files are first read; until they change, later loads only read them.
 
         Raises:
             InvalidRequest, AdapterNotFound: see `get`.
@@ -144,20 +128,12 @@ class Registry:
         """
         while True:
             record = self.get(name)
-            times = times_of(record.path / WEIGHTS_FILE)
-            files = (record.signature, record.path, times)
-            trusted = self._sound.get(name) == files
             try:
-                adapter, _ = read_adapter(record.path, name, self.shapes, record.manifest.sha256, trusted=trusted)
+                if (adapter := self._sound.read(record, self.shapes)) is not None:
+                    return adapter
             except AdapterRefused:
                 if self.get(name).signature == record.signature:  # else its files changed while they were read
                     raise
-                continue
-            unchanged = times is not None and times == times_of(record.path / WEIGHTS_FILE)
-            if unchanged and time.time_ns() - max(times[2:]) > SETTLED * 1e9:
-                self._sound[name] = files
-            if unchanged or not trusted:
-                return adapter
 
     def publish(
         self,
@@ -241,7 +217,7 @@ class Registry:
         with self._staging.locked(f"remove adapter {name!r}"):
             os.rename(self._existing(name).path, self._staging.place(name))  # gone at once; the rest is cleaning up
             self._staging.clean()
-        self._records.pop(name, None)
+        self._findings.forget(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter with all its versions another name. Raises Conflict if the new one is taken."""
@@ -252,7 +228,7 @@ class Registry:
             if os.path.lexists(self.root / new):
                 raise Conflict(f"cannot rename {old!r} to {new!r}: {self.root / new} exists")
             os.rename(folder.path, self.root / new)
-        self._records.pop(old, None)
+        self._findings.forget(old)
 
     def history(self, name: str) -> list[Record]:
         """Every readable version, the oldest first; for a directory that was dropped in, that alone as version 0."""
@@ -285,7 +261,7 @@ class Registry:
                 version = max((n for n in numbers if current is None or n < current), default=None)
             if version is None or version not in numbers:
                 wanted = str(version) if version is not None else f"older than {current or 'this'}"
-                raise VersionNotFound(wanted, hint=f"adapter {name!r} has {_listed(numbers)}")
+                raise VersionNotFound(wanted, hint=f"adapter {name!r} has {listed(numbers)}")
             self._fit.check(folder.version_path(version), name)
             folder.switch(version)
         return self.get(name)
@@ -338,9 +314,3 @@ class Registry:
     def _not_found(self, name: str) -> AdapterNotFound:
         names = self.names()
         return AdapterNotFound(name, names, hint="" if names else f"there are no adapters in {self.root}")
-
-
-def _listed(numbers: list[int]) -> str:
-    if not numbers:
-        return "no versions, it was never published"
-    return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
