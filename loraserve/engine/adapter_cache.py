@@ -143,6 +143,10 @@ class AdapterCache:
         with self._changed:
             return set(self._table.pinned)
 
+    def has(self, name: str) -> bool:
+        """Whether it is on the device."""
+        return name in self._table.entries
+
     def names(self) -> list[str]:
         """What is on the device."""
         with self._changed:

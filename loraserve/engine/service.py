@@ -216,6 +216,22 @@ class Service:
         """Names of the adapters that are in the device's memory."""
         return self.adapters.names()
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether an adapter is in the device's memory."""
+        return self.adapters.has(name)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether an adapter is kept there."""
+        return name in self.adapters.pinned()
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device's memory and keep it there; raises as `AdapterCache.pin` does."""
+        self.adapters.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be dropped like any other."""
+        self.adapters.unpin(name)
+
     def unload(self, name: str) -> bool:
         """Drop an adapter's copies in memory and its pin; requests that run on it end undisturbed."""
         return self.adapters.drop(name)

@@ -88,6 +88,10 @@ class Findings:
         known = self._known.get(name)
         return known[1] if known is not None and known[0] == signature else None
 
+    def refuses(self, name: str) -> bool:
+        """Whether the last finding was a refusal, be it of these files or of others."""
+        return name in self._known and isinstance(self._known[name][1], AdapterRefused)
+
     def keep(self, name: str, signature: object, finding: Record | AdapterRefused) -> None:
         self._known[name] = signature, finding
 

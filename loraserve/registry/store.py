@@ -6,10 +6,9 @@ into place; what a crash leaves under `.staging` is removed by the next writer a
 allowlist and symlinks are not followed, so nothing outside the directory is reached.
 """
 
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +62,11 @@ class Registry:
 
     def names(self) -> list[str]:
         """Every adapter's name, in order. One or two stat calls each, no file is opened."""
-        return list(iterate_names(self.root))
+        return list(self.iterate())
 
-    def page(self, limit: int, after: str = "", query: str = "") -> tuple[list[str], bool]:
-        """Up to `limit` names in order, and whether there are more; see `iterate_names`."""
-        found = list(itertools.islice(iterate_names(self.root, after, query), limit + 1))
-        return found[:limit], len(found) > limit
+    def iterate(self, after: str = "", query: str = "") -> Iterator[str]:
+        """The names that come after one and contain a text, in order, each looked for only when it is its turn."""
+        return iterate_names(self.root, after, query)
 
     def has(self, name: str) -> bool:
         """Whether there is an adapter of that name, whatever it is worth; never raises."""
@@ -76,7 +74,9 @@ class Registry:
 
     def is_refused(self, name: str) -> bool:
         """Whether a directory that was dropped in is known to be no adapter; False as long as nobody has asked."""
-        return isinstance(self._findings.recall(name, self._folder(name).signature()), AdapterRefused)
+        return self._findings.refuses(name) and isinstance(
+            self._findings.recall(name, self._folder(name).signature()), AdapterRefused
+        )
 
     def get(self, name: str) -> Record:
         """The current version of an adapter; a few stat calls while its files are untouched.
