@@ -124,14 +124,11 @@ class AdapterCache:
             AdapterNotFound, AdapterRefused: it cannot be used.
             Conflict: the pinned adapters together would be larger than the memory for adapters.
         """
+        size = self._size_of(self._registry.get(name))
+        with self._changed:
+            self._with_pin(name, size)
         with self.hold((Term(name),)) as held, self._changed:
-            pinned = self._table.pinned | {name: held[0][0].num_bytes}
-            if sum(pinned.values()) > self._table.capacity:
-                raise Conflict(
-                    f"with {name!r} the pinned adapters would need {_mib(sum(pinned.values()))}, more than the "
-                    f"{_mib(self._table.capacity)} there are; unpin another, or raise --adapter-memory"
-                )
-            self._table.pinned = pinned
+            self._table.pinned = self._with_pin(name, held[0][0].num_bytes)
 
     def unpin(self, name: str) -> None:
         """Let an adapter be dropped like any other; harmless if it is not pinned."""
@@ -180,6 +177,15 @@ class AdapterCache:
     def num_waiting(self) -> int:
         """Requests in line."""
         return len(self._line)
+
+    def _with_pin(self, name: str, size: int) -> dict[str, int]:
+        pinned = self._table.pinned | {name: size}
+        if sum(pinned.values()) > self._table.capacity:
+            raise Conflict(
+                f"with {name!r} the pinned adapters would need {_mib(sum(pinned.values()))}, more than the "
+                f"{_mib(self._table.capacity)} there are; unpin another, or raise --adapter-memory"
+            )
+        return pinned
 
     def _join(self, lease: Lease) -> None:
         with self._changed:
