@@ -21,6 +21,8 @@ from loraserve.lora.adapter import Adapter, LoraWeight, Shapes
 from loraserve.lora.config import expand_targets
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # runs CUDA's kernels on the CPU; Triton reads it when it is imported
 torch.set_num_threads(1)
 
 TEXTS = (

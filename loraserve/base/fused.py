@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from loraserve.base.linear import Attention
-from loraserve.kernels import cpu
+from loraserve.kernels import dispatch
+from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.batch import LoraBatch
 
 if TYPE_CHECKING:
@@ -24,30 +25,40 @@ def hidden_states(
     dtype = embedded.dtype
     x, y = embedded.float(), None
     table = decoder.rope.reach(attention.max_position)
+    kernels = _kernels(embedded)
 
     def add_and_norm(norm: "RMSNorm") -> Tensor:
-        return cpu.add_rms_norm(x, y, norm.weight_in_float32, norm.eps, not norm.in_float32, dtype)
+        return kernels.add_rms_norm(x, y, norm.weight_in_float32, norm.eps, not norm.in_float32, dtype)
 
     for layer in cast("list[Block]", decoder.layers):
-        y = _attention(layer.self_attn, add_and_norm(layer.input_layernorm), table, positions, attention, lora)
+        y = add_and_norm(layer.input_layernorm)
+        y = _attention(layer.self_attn, kernels, y, table, positions, attention, lora)
         y = layer.mlp(add_and_norm(layer.post_attention_layernorm), lora)
     return add_and_norm(decoder.norm)
 
 
 def _attention(
-    block: "SelfAttention", x: Tensor, table: Tensor, positions: Tensor, attention: Attention, lora: LoraBatch | None
-) -> Tensor:
+    block: "SelfAttention", kernels: Kernels, x: Tensor, table: Tensor, positions: Tensor, attention: Attention,
+    lora: LoraBatch | None,
+) -> Tensor:  # fmt: skip
     qkv = block.qkv.side_by_side(x, lora)
     h, kv, d = block.heads
     norms, eps, cast_first = None, 0.0, False
     if block.qk_norm:
         norms = block.q_norm.weight_in_float32, block.k_norm.weight_in_float32
         eps, cast_first = block.q_norm.eps, not block.q_norm.in_float32
-    cpu.norm_and_rotate(qkv, block.heads, norms, eps, cast_first, table, positions)
+    kernels.norm_and_rotate(qkv, block.heads, norms, eps, cast_first, table, positions)
     q, k, v = (part.unflatten(-1, (-1, d)) for part in qkv.split((h * d, kv * d, kv * d), dim=-1))
     return block.out(attention.attend(block.layer, q, k, v).flatten(-2), lora)[0]
 
 
 def swiglu(block: "SwiGLU", x: Tensor, lora: LoraBatch | None) -> Tensor:
     """What `SwiGLU.forward` computes."""
-    return block.down(cpu.silu_and_multiply(block.gate_up.side_by_side(x, lora)), lora)[0]
+    return block.down(_kernels(x).silu_and_multiply(block.gate_up.side_by_side(x, lora)), lora)[0]
+
+
+def _kernels(x: Tensor) -> Kernels:
+    """Those that `Model.pack` found."""
+    kernels = dispatch.of(x.device, x.dtype)
+    assert kernels is not None
+    return kernels

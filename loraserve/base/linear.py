@@ -7,16 +7,22 @@ laid their weights together for serving. Unpacked, and wherever gradients are ke
 is the plain form, and the tests' oracle.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraserve.errors import InvalidRequest
+from loraserve.kernels import dispatch, gemm
 from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
 """The number of rows the packed layout is best for."""
+BLOCK_ROWS = 64
+"""Where rows must not depend on their number, a GPU multiplies so many at a time."""
 
 
 class Attention(Protocol):
@@ -42,48 +48,89 @@ class Linear(nn.Module):
 
 
 class Joint(nn.Module):
-    """Linear layers of one input, computed together once packed. It owns no parameters: its layers belong to others."""
+    """Linear layers of one input, computed together once packed. It owns no parameters: its layers belong to others.
 
-    def __init__(self, *layers: Linear) -> None:
+    Args:
+        exact: never in int8.
+    """
+
+    def __init__(self, *layers: Linear, exact: bool = False) -> None:
         super().__init__()
+        self._exact = exact
         object.__setattr__(self, "layers", layers)  # not as submodules, which would give each weight a second name
         self._targets = tuple(layer.target for layer in layers)
         self._widths = [layer.weight.shape[0] for layer in layers]
+        self._multiply: Callable[[Tensor], Tensor] | None = None
         self._weight: Tensor | None = None
-        self._is_reordered = False
+        self.num_bytes = 0
+        """Of the weights as they are packed."""
 
     layers: tuple[Linear, ...]
 
-    def pack(self) -> None:
+    def pack(self, int8: bool = False, repeatable: bool = False, keep: bool = True) -> None:
         """Lay the weights together, for serving. They must not change afterwards.
 
-        On a CPU in bfloat16 they are also reordered for oneDNN, a copy of its own; elsewhere the layers' weights become
-        views of the joint one.
+        On a CPU in bfloat16, and for the options below, that is a copy; elsewhere the layers' weights become views of
+        the joint one.
+
+        Args:
+            int8: round weights and activations to 8 bits, see `kernels.gemm`.
+            repeatable: a row's result must not depend on how many rows stand beside it.
+            keep: the layers' own weights, too, where the joint one is a copy: without them there are no gradients.
+
+        Raises:
+            InvalidRequest: int8 or repeatable where there are no kernels for it.
         """
-        if self._weight is not None:
+        if self._multiply is not None:
             return
         weights = [layer.weight.detach() for layer in self.layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            self._is_reordered = True
+        on_cpu = weight.device.type == "cpu"
+        kernels = on_cpu and gemm.available(weight.dtype, weight.shape[1])
+        if int8 and not kernels:
+            raise InvalidRequest("dtype int8 needs a CPU, a C compiler and layers of 16·n inputs", param="dtype")
+        if repeatable and not kernels and (on_cpu or dispatch.of(weight.device, weight.dtype) is None):
+            raise InvalidRequest(
+                f"deterministic needs {'a C compiler' if on_cpu else 'Triton'}, and float32 or bfloat16 rather than "
+                f"{str(weight.dtype).removeprefix('torch.')}; install it, change --dtype, or leave it out",
+                param="deterministic",
+            )
+        self.num_bytes = weight.nbytes
+        if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
+            packed = gemm.PackedWeight(weight, int8 and not self._exact)
+            self._multiply, self._weight, self.num_bytes = packed.multiply, packed.weight, packed.num_bytes
+        elif on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            self._multiply, self._weight = partial(_multiply_reordered, reordered), reordered
         else:
             for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
                 layer.weight.data = part
-        self._weight = weight
+            multiply = _multiply_in_blocks if repeatable else F.linear
+            self._multiply, self._weight = partial(multiply, weight=weight), weight
+            return
+        if not keep:
+            for layer in self.layers:
+                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, ...]:
         """Return (N, out) of each layer for x (N, in)."""
-        if self._weight is None or torch.is_grad_enabled():
+        if self._multiply is None or torch.is_grad_enabled():
             return tuple(layer(x, lora) for layer in self.layers)
         return self.side_by_side(x, lora).split(self._widths, dim=-1)
 
     def side_by_side(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """Return (N, Σout), all layers' outputs in one tensor; only after `pack`."""
-        assert self._weight is not None
-        if self._is_reordered:
-            y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self._weight)
+        assert self._multiply is not None
+        y = self._multiply(x)
         return y if lora is None else lora.add(self._targets, self._widths, x, y)
+
+
+def _multiply_in_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ by products of one and the same shape, so that a row meets the same sums whatever stands beside it."""
+    filled = F.pad(x, (0, 0, 0, -x.shape[0] % BLOCK_ROWS))
+    return torch.cat([F.linear(block, weight) for block in filled.split(BLOCK_ROWS)])[: x.shape[0]]
+
+
+def _multiply_reordered(weight: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return y

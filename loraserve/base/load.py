@@ -18,6 +18,7 @@ from loraserve.errors import CheckpointError, InvalidRequest
 from loraserve.kernels.threads import apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Base:
     fingerprint: str
     device: torch.device
     dtype: torch.dtype
+    """Of activations and adapters, and of the weights unless `int8`."""
     path: Path
+    int8: bool = False
+    """The layers' weights are rounded to 8 bits once the model is packed for serving."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -57,7 +61,7 @@ def load_base(
     Args:
         ref: `bundled`, a Hugging Face directory, a native `.pth`, or a hub id `owner/name[@revision]`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8`: 8-bit weights when serving, on a CPU.
         tokenizer: the tokenizer's directory; for a `.pth` by default beside it, then `../model`.
         num_attention_heads: for a MiniMind 2 `.pth`, which does not record it; 8 by default.
 
@@ -71,7 +75,10 @@ def load_base(
 def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attention_heads: int | None) -> Base:
     path = resolve_base(ref)
     where = pick_device(device)
-    what = pick_dtype(dtype, where)
+    int8 = dtype == INT8
+    if int8 and where.type != "cpu":
+        raise InvalidRequest("dtype int8 runs on a CPU only; use --dtype bfloat16 or --device cpu", param="dtype")
+    what = pick_dtype("auto" if int8 else dtype, where)
     tokens = Tokenizer(tokenizer_path(path, tokenizer))
     checkpoint = read_checkpoint(path, num_attention_heads=num_attention_heads)
     if tokens.vocab_size > checkpoint.config.vocab_size:
@@ -82,16 +89,21 @@ def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attentio
     name = path.stem if path.is_file() else ref.partition("@")[0] if not Path(ref).exists() else path.resolve().name
     model = build_model(checkpoint, where, what)
     template = ChatTemplate(tokens)
-    return Base(name, checkpoint.config, model, tokens, template, fingerprint(checkpoint), where, what, path)
+    return Base(name, checkpoint.config, model, tokens, template, fingerprint(checkpoint), where, what, path, int8)
 
 
 _building = threading.Lock()
 
 
+def empty_model(config: ModelConfig) -> Model:
+    """A Model whose weights are still to come: they take no memory."""
+    with _building, torch.device("meta"):
+        return Model(config)
+
+
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Put a checkpoint's weights into a Model on `device`, frozen, in `dtype`."""
-    with _building, torch.device("meta"):
-        model = Model(checkpoint.config)
+    model = empty_model(checkpoint.config)
     tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
@@ -121,7 +133,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     if dtype != "auto":
         if dtype not in DTYPES:
-            raise InvalidRequest(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}", param="dtype")
+            raise InvalidRequest(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}, {INT8}", param="dtype")
         return DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -19,7 +19,7 @@ from loraserve.base import fused
 from loraserve.base.config import ModelConfig
 from loraserve.base.linear import Attention, Joint, Linear
 from loraserve.base.rope import Rope, rotate
-from loraserve.kernels import cpu
+from loraserve.kernels import cpu, dispatch
 from loraserve.lora.batch import LoraBatch
 
 
@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
         self.weight_in_float32 = torch.empty(0)
 
     def pack(self) -> None:
-        self.weight_in_float32 = self.weight.detach().float().contiguous()
+        if not self.weight_in_float32.numel():
+            self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -90,13 +91,14 @@ class MixtureOfExperts(nn.Module):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = Linear(f"{path}.gate", hidden, config.num_experts)
+        self.router = Joint(self.gate, exact=True)
         self.experts = nn.ModuleList(SwiGLU(f"{path}.experts.{e}", hidden, width) for e in range(config.num_experts))
         self.shared_experts = nn.ModuleList(
             SwiGLU(f"{path}.shared_experts.{e}", hidden, width) for e in range(config.num_shared_experts)
         )
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        scores = self.gate(x, lora).float().softmax(dim=-1)  # (N, E)
+        scores = self.router(x, lora)[0].float().softmax(dim=-1)  # (N, E)
         weights, chosen = scores.topk(self.top_k, dim=-1)  # (N, top_k)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -158,6 +160,8 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
         self.head = Joint(self.lm_head)
+        self.packing: tuple[bool, bool] | None = None
+        """Whether it was packed in int8, and repeatable; None before."""
         self.tie()
 
     def tie(self) -> None:
@@ -167,17 +171,20 @@ class Model(nn.Module):
             assert isinstance(embeddings, nn.Parameter)
             self.lm_head.weight = embeddings
 
-    def pack(self) -> None:
+    def pack(self, int8: bool = False, repeatable: bool = False) -> None:
         """Prepare the linear layers for serving; the weights must not change afterwards.
 
-        On a CPU in bfloat16 that costs the weights' memory once more.
+        Args:
+            int8, repeatable: see `Joint.pack`.
         """
-        weight = self.lm_head.weight
-        kernels = (
-            weight.device.type == "cpu" and cpu.available(weight.dtype) and self.config.head_dim <= cpu.MAX_HEAD_DIM
-        )
+        weight = self.model.embed_tokens.weight
+        assert isinstance(weight, Tensor)
+        kernels = self.config.head_dim <= cpu.MAX_HEAD_DIM and dispatch.of(weight.device, weight.dtype) is not None
+        self.packing = self.packing or (int8, repeatable)
         for module in self.modules():
-            if isinstance(module, Joint | RMSNorm):
+            if isinstance(module, Joint):
+                module.pack(*self.packing)
+            if isinstance(module, RMSNorm):
                 module.pack()
             if isinstance(module, Decoder | SwiGLU):
                 module.fused = kernels
@@ -197,13 +204,13 @@ class Model(nn.Module):
             positions: (N,) int64, each token's position in its own sequence.
             attention: keys, values and borders of the sequences.
             lora: the adapters of the rows, or None for the base alone.
-            rows: (M,) int64, the rows whose logits are wanted; all by default.
+            rows: (M,) int64, the rows whose logits are wanted; all by default. On the CPU nobody waits for them.
 
         Returns:
             (M, vocab_size) logits in the model's dtype.
         """
         hidden_states = self.model(input_ids, positions, attention, lora)  # (N, hidden)
         if rows is not None:
-            hidden_states = hidden_states[rows]
+            hidden_states = hidden_states[rows.to(hidden_states.device, non_blocking=True)]
             lora = lora.select(rows) if lora is not None else None
         return self.head(hidden_states, lora)[0]

@@ -107,11 +107,11 @@ def base_options(function: Function) -> Function:
         click.option("--tokenizer", metavar="DIR", help="Of a .pth, if not beside it or in ../model."),
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
             default="auto",
             show_default=True,
             metavar="TYPE",
-            help="What the model computes in: auto, float32, bfloat16 or float16.",
+            help="What the model computes in: auto, float32, bfloat16, float16, or int8 (8-bit weights, on a CPU).",
         ),
         click.option(
             "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where the model runs."
@@ -158,7 +158,7 @@ def open_service(options: BaseOptions, *, allow_base_mismatch: bool = False, **l
     """Run an engine on the base and the registry for the duration of a `with` block.
 
     Args:
-        limits: `max_model_len`, `max_num_seqs`, `max_queue`, `kv_memory`, `adapter_memory`, `seed` of
+        limits: `max_model_len`, `max_num_seqs`, `max_queue`, `kv_memory`, `adapter_memory`, `merge_memory`, `seed` of
             `Service`.
     """
     from loraserve.engine.service import Service

@@ -64,6 +64,27 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     metavar="SIZE",
     help="Memory for adapters in use; more are loaded and dropped as requests ask for them.",
 )
+@click.option(
+    "--merge-memory",
+    callback=_size,
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for adapters merged by POST /v1/adapters/NAME/merge; 0 allows none.",
+)
+@click.option(
+    "--prefix-memory",
+    callback=_size,
+    default="512M",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for keys and values of past requests, from which later ones go on; 0 turns that off.",
+)
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="Make a request's tokens independent of what else is in the batch, bit for bit.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 def command(
     options: BaseOptions,
@@ -76,6 +97,9 @@ def command(
     max_queue: int,
     kv_memory: int | None,
     adapter_memory: int,
+    prefix_memory: int,
+    deterministic: bool,
+    merge_memory: int,
     open_page: bool,
 ) -> None:
     """Serve the base with all adapters: OpenAI's API and a chat page.
@@ -89,6 +113,9 @@ def command(
         "max_queue": max_queue,
         "kv_memory": kv_memory,
         "adapter_memory": adapter_memory,
+        "prefix_memory": prefix_memory,
+        "deterministic": deterministic,
+        "merge_memory": merge_memory,
     }
     with open_service(options, allow_base_mismatch=allow_base_mismatch, **limits) as service:
         from loraserve.server import Server, create_app

@@ -43,8 +43,13 @@ class Engine:
         """Drop a sequence, wherever it is; harmless if it has ended already."""
         if not sequence.aborted:
             sequence.aborted = True
-            self._runner.clear(sequence)  # nobody has looked at its numbers yet
-            self._release(sequence)
+            sound = bool(sequence.output_token_ids)  # else nobody has looked at its numbers yet
+            self._end(sequence, sound)
+
+    def _end(self, sequence: Sequence, sound: bool) -> None:
+        if not sound:
+            self._runner.clear(sequence)
+        self._release(sequence, sound)
 
     def step(self) -> list[tuple[Sequence, Event]]:
         """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop.
@@ -55,6 +60,8 @@ class Engine:
         self._stalled = not chunks
         if not chunks:
             return []
+        for copy in self.scheduler.copies:
+            self._runner.copy(copy.source, copy.target, copy.count)
         sampled = self._runner.run(chunks)
         self.num_steps += 1
         for chunk in chunks:
@@ -63,7 +70,8 @@ class Engine:
         results: list[tuple[Sequence, Event]] = []
         for sequence, token in sampled:
             if token is None:
-                self.abort(sequence)
+                sequence.aborted = True
+                self._end(sequence, sound=False)
                 results.append((sequence, NotFinite()))
                 continue
             reason = sequence.append(token.token_id)
@@ -73,9 +81,9 @@ class Engine:
             results.append((sequence, Token(token.token_id, reason, token.logprob, token.top_logprobs)))
         return results
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, sound: bool = True) -> None:
         self._stalled = False
-        self.scheduler.release(sequence)
+        self.scheduler.release(sequence, sound)
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.adapters = ()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraserve.base.config import ModelConfig
 from loraserve.engine.scheduler import Chunk
-from loraserve.kernels import cpu
+from loraserve.kernels import dispatch
 
 
 class KVCache:
@@ -33,6 +33,11 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[slot, :, :length] = 0
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a slot to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :count] = tensor[source, :, :count]
+
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -43,18 +48,22 @@ class CachedAttention:
 
     Args:
         chunks: the step's chunks, those of one token first; their tokens are the rows, in order.
+        repeatable: a row's result must not depend on the rows beside it, so every row is attended to by itself.
     """
 
-    def __init__(self, cache: KVCache, chunks: List[Chunk], positions: Tensor) -> None:
+    def __init__(self, cache: KVCache, chunks: List[Chunk], positions: Tensor, repeatable: bool = False) -> None:
         device = positions.device
         self._cache = cache
         self._positions = positions  # (N,)
-        self._kernels = device.type == "cpu" and cpu.available(cache.keys[0].dtype, cache.keys[0].shape[3])
+        self._kernels = dispatch.of(device, cache.keys[0].dtype, cache.keys[0].shape[3])
         self.max_position = max(chunk.start + chunk.count for chunk in chunks)
         slots = [chunk.sequence.slot for chunk in chunks]
         of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
         self._slots = torch.tensor(of_rows, device=device)  # (N,)
-        self._num_decoding = b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        if repeatable and self._kernels:
+            b, chunks = len(of_rows), []
+        self._num_decoding = b
         self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         if b and not self._kernels:
             self._length = max(chunk.start for chunk in chunks[:b]) + 1
@@ -77,7 +86,9 @@ class CachedAttention:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
         b = self._num_decoding
         if self._kernels:
-            cpu.store_and_attend(q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out)
+            self._kernels.store_and_attend(
+                q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out
+            )
         else:
             keys[self._slots, :, self._positions] = k
             values[self._slots, :, self._positions] = v

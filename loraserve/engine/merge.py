@@ -14,18 +14,20 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import loraserve
 from loraserve.base.checkpoint import Checkpoint, read_checkpoint
+from loraserve.base.config import ModelConfig
 from loraserve.base.export import write_hf, write_minimind
 from loraserve.base.fingerprint import compute
-from loraserve.base.load import Base
+from loraserve.base.load import Base, build_model
 from loraserve.engine.parity import Parity, Weighted, compare
 from loraserve.errors import CheckpointError, Conflict, InvalidRequest, StorageError
 from loraserve.lora.merge import merged_weight
@@ -61,17 +63,39 @@ def merge_checkpoint(checkpoint: Checkpoint, adapters: Weighted, dtype: torch.dt
     Raises:
         CheckpointError: a merged weight is beyond what the dtype can hold.
     """
-    tensors, config = dict(checkpoint.tensors), checkpoint.config
-    for target in dict.fromkeys(target for adapter, _ in adapters for target in adapter.weights):
-        updates = [(adapter.weights[target], factor) for adapter, factor in adapters if target in adapter.weights]
-        source = f"{target}.weight"
-        if target == "lm_head" and config.tie_word_embeddings:
-            source, config = "model.embed_tokens.weight", dataclasses.replace(config, tie_word_embeddings=False)
-        merged = merged_weight(checkpoint.tensors[source], updates, dtype)
-        if not torch.isfinite(merged).all():
-            raise CheckpointError(f"{target} is beyond the range of {merged.dtype} when merged; use a smaller scale")
-        tensors[f"{target}.weight"] = merged
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+    targets = dict.fromkeys(target for adapter, _ in adapters for target in adapter.weights)
+    merged = {f"{target}.weight": merged_layer(checkpoint, target, adapters, dtype) for target in targets}
+    config = merged_config(checkpoint.config, targets)
+    return dataclasses.replace(checkpoint, config=config, tensors=checkpoint.tensors | merged)
+
+
+def merged_config(config: ModelConfig, targets: Iterable[str]) -> ModelConfig:
+    """The configuration of a base with `targets` merged: a head of its own is not the embeddings any more."""
+    return dataclasses.replace(config, tie_word_embeddings=config.tie_word_embeddings and "lm_head" not in targets)
+
+
+def merged_layer(checkpoint: Checkpoint, target: str, adapters: Weighted, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out, in) of one layer with `adapters` folded in, a new tensor; see `merge_checkpoint`."""
+    source = f"{target}.weight"
+    if target == "lm_head" and checkpoint.config.tie_word_embeddings:
+        source = "model.embed_tokens.weight"
+    updates = [(adapter.weights[target], factor) for adapter, factor in adapters if target in adapter.weights]
+    merged = merged_weight(checkpoint.tensors[source], updates, dtype)
+    if not torch.isfinite(merged).all():
+        raise CheckpointError(f"{target} is beyond the range of {merged.dtype} when merged; use a smaller scale")
+    return merged
+
+
+def read_pristine(base: Base) -> Checkpoint:
+    """Read the files of `base` again, for its weights as they are stored.
+
+    Raises:
+        CheckpointError: they are not the base that was loaded any more.
+    """
+    checkpoint = read_checkpoint(base.path, num_attention_heads=base.config.num_attention_heads)
+    if compute(checkpoint) != base.fingerprint:
+        raise CheckpointError(f"{base.path} is not the base that was loaded: its files have changed; start again")
+    return checkpoint
 
 
 def merge(base: Base, registry: Registry, spec: Spec, out: Path, form: str = "hf") -> Merged:
@@ -97,11 +121,8 @@ def merge(base: Base, registry: Registry, spec: Spec, out: Path, form: str = "hf
     if out.exists() and (form == "minimind" or not out.is_dir() or any(out.iterdir())):
         raise Conflict(f"{out} exists already; choose another --out or remove it")
     adapters = [(registry.load(term.name), term.scale) for term in terms]
-    heads = base.config.num_attention_heads
-    checkpoint = read_checkpoint(base.path, num_attention_heads=heads)
+    checkpoint = read_pristine(base)
     merged = merge_checkpoint(checkpoint, adapters, torch.float16 if form == "minimind" else None)
-    if compute(checkpoint) != base.fingerprint:
-        raise CheckpointError(f"{base.path} is not the base that was loaded: its files have changed; start again")
     with _beside(out) as folder:
         written = folder / out.name
         if form == "minimind":
@@ -109,8 +130,8 @@ def merge(base: Base, registry: Registry, spec: Spec, out: Path, form: str = "hf
         else:
             write_hf(merged, written, base.tokenizer.path)
         log.info("comparing the merged checkpoint with the unmerged path")
-        result = read_checkpoint(written, num_attention_heads=heads)
-        parity = compare(base, adapters, result)
+        result = read_checkpoint(written, num_attention_heads=base.config.num_attention_heads)
+        parity = compare(base, adapters, build_model(result, base.device, base.dtype))
         report_path = out.with_suffix(f".{REPORT}") if form == "minimind" else out / REPORT
         done = Merged(
             path=out,

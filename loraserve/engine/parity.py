@@ -1,20 +1,21 @@
-"""Does a merged checkpoint answer as its base and adapters do?
+"""Does a merged model answer as its base and adapters do?
 
 The unmerged path, the one that serves, answers a few prompts greedily. Then both models read prompt and answer, and
 their logits are compared at every position: the largest difference, and how often both choose the same next token.
 """
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraserve.base.attention import PackedAttention
-from loraserve.base.checkpoint import Checkpoint
-from loraserve.base.load import Base, build_model
+from loraserve.base.load import Base
 from loraserve.base.model import Model
 from loraserve.engine.adapter_cache import serving_dtype
 from loraserve.engine.engine import Engine
@@ -23,6 +24,8 @@ from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence
+from loraserve.engine.slots import Slots
+from loraserve.errors import LoraserveError, NotFinite
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
@@ -39,6 +42,7 @@ PROMPTS = (
 )
 MAX_TOKENS = 32
 Weighted = List[tuple[Adapter, float]]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Parity:
-    """How closely a merged checkpoint follows the unmerged path."""
+    """How closely a merged model follows the unmerged path."""
 
     max_logit_difference: float
     max_logit: float
@@ -70,29 +74,43 @@ class Parity:
         return dataclasses.asdict(self)
 
 
-def compare(base: Base, adapters: Weighted, merged: Checkpoint, prompts: List[str] = PROMPTS) -> Parity:
-    """Compare a merged checkpoint with `base` plus `adapters`, on the base's device and in its dtype.
+def _here(function: Callable[[], R]) -> R:
+    return function()
+
+
+def compare(
+    base: Base,
+    adapters: Weighted,
+    merged: Model,
+    prompts: List[str] = PROMPTS,
+    run: Callable[[Callable[[], Any]], Any] = _here,
+) -> Parity:
+    """Compare a merged model with `base` plus `adapters`.
 
     Args:
         adapters: with the factor on each one's ΔW.
-        merged: read back from where it was written.
+        merged: on the base's device and in its dtype.
         prompts: what a user says; rendered in the base's own template, if it has one.
+        run: calls a function where the models may be used, and returns its result. Each call is one forward pass, so
+            that a thread that serves requests can take them in between.
+
+    Raises:
+        NotFinite: logits of either are no longer numbers.
     """
     active = tuple((adapter.to(base.device, serving_dtype(base.dtype)), factor) for adapter, factor in adapters)
     chats = base.template.source is not None
     rendered = [base.template.render([{"role": "user", "content": p}]) if chats else p for p in prompts]
     limit = base.config.max_position_embeddings
     asked = [base.tokenizer.encode(text)[: limit - 1] for text in rendered]
-    answered = _answer(base, active, asked, limit)
+    answered = _answer(base, active, asked, limit, run)
     lines = [prompt + answer[:-1] for prompt, answer in zip(asked, answered, strict=True)]
     stack = AdapterStack([adapter.weights for adapter, _ in active])
     entries = [(slot, factor) for slot, (_, factor) in enumerate(active)]
     lora = [LoraBatch.from_segments(stack, [(len(line), entries)], base.device) for line in lines]
-    want = [_logits(base.model, line, batch) for line, batch in zip(lines, lora, strict=True)]
-    model = build_model(merged, base.device, base.dtype)
+    want = [run(partial(_logits, base.model, line, batch)) for line, batch in zip(lines, lora, strict=True)]
     probes = []
     for prompt, start, answer, line, expected in zip(prompts, asked, answered, lines, want, strict=True):
-        got = _logits(model, line, None)  # (T, vocab)
+        got = run(partial(_logits, merged, line, None))  # (T, vocab)
         chosen = got[len(start) - 1 :].argmax(-1).tolist()
         probes.append(
             Probe(
@@ -116,27 +134,36 @@ def compare(base: Base, adapters: Weighted, merged: Checkpoint, prompts: List[st
 
 
 def _answer(
-    base: Base, adapters: tuple[tuple[Adapter, float], ...], prompts: list[list[int]], limit: int
+    base: Base,
+    adapters: tuple[tuple[Adapter, float], ...],
+    prompts: list[list[int]],
+    limit: int,
+    run: Callable[[Callable[[], Any]], Any],
 ) -> list[list[int]]:
     """Greedy answers of the unmerged path, in one batch."""
     greedy = SamplingParams(temperature=0.0)
     room = [min(MAX_TOKENS, limit - len(prompt)) for prompt in prompts]
     longest = max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True))
     cache = KVCache(base.config, len(prompts), longest, base.device, base.dtype)
-    engine = Engine(Runner(base.model, cache), Scheduler(len(prompts), 512, max(len(adapters), 1)))
+    engine = Engine(Runner(base.model, cache), Scheduler(Slots(len(prompts)), len(prompts), 512, max(len(adapters), 1)))
     sequences = [
         Sequence(prompt, greedy, more, adapters, base.eos_ids) for prompt, more in zip(prompts, room, strict=True)
     ]
     for sequence in sequences:
         engine.add(sequence)
     while engine.has_work:
-        engine.step()
+        for _, event in run(engine.step):
+            if isinstance(event, LoraserveError):
+                raise event
     return [sequence.output_token_ids for sequence in sequences]
 
 
 @torch.inference_mode()
 def _logits(model: Model, token_ids: list[int], lora: LoraBatch | None) -> Tensor:
     """Logits (T, vocab_size) float32 on the CPU."""
-    device = model.lm_head.weight.device
+    device = model.model.rope.freqs.device
     attention = PackedAttention([len(token_ids)], device)
-    return model(torch.tensor(token_ids, device=device), attention.positions, attention, lora).float().cpu()
+    logits = model(torch.tensor(token_ids, device=device), attention.positions, attention, lora).float().cpu()
+    if not logits.isfinite().all():
+        raise NotFinite
+    return logits

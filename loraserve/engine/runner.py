@@ -1,4 +1,10 @@
-"""Run one step: chunks of sequences through the model, with the adapters each asked for."""
+"""Run one step: chunks of sequences through their model, with the adapters each asked for.
+
+The base's model computes all sequences but those of merged adapters, whose models each take a pass of their own; keys
+and values lie in one cache.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,17 +18,34 @@ from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 
+if TYPE_CHECKING:
+    from loraserve.engine.graphs import DecodeGraphs
+
 
 class Runner:
-    """Owns the model and the cache; turns chunks into sampled tokens."""
+    """Owns the base's model and the cache; turns chunks into sampled tokens.
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
+    Args:
+        int8: round the layers' weights to 8 bits.
+        deterministic: a sequence's tokens must not depend on what else is in the batch, bit for bit.
+
+    Raises:
+        InvalidRequest: int8 or deterministic cannot be had here, see `Joint.pack`.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, int8: bool = False, deterministic: bool = False) -> None:
         self._model = model
-        apart(model.pack)
+        self._deterministic = deterministic
+        apart(model.pack, int8, deterministic)
         self._cache = cache
         self._device = model.lm_head.weight.device
         self._stacked: dict[Adapter, int] = {}
         self._stack = AdapterStack([])
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and model.model.fused and not model.config.num_experts and not deterministic:
+            from loraserve.engine import graphs  # needs Triton
+
+            self._graphs = graphs.DecodeGraphs(model, cache, graphs.cuda_graphs())
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
@@ -30,6 +53,15 @@ class Runner:
 
         None stands for logits that are not finite: the sequence cannot go on.
         """
+        by_model: dict[Any, list[Chunk]] = {}
+        for chunk in chunks:
+            by_model.setdefault(chunk.sequence.merged, []).append(chunk)
+        return [result for merged, own in by_model.items() for result in self._forward(merged, own)]
+
+    def _forward(self, merged: Any, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
+        if merged is None and self._graphs is not None and (replayed := self._graphs.run(chunks)) is not None:
+            decoding = [chunk.sequence for chunk in chunks]
+            return list(zip(decoding, sample(replayed, decoding), strict=True))
         ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
@@ -39,36 +71,39 @@ class Runner:
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
         where = torch.tensor(positions, device=self._device)
-        logits = self._model(
+        logits = (self._model if merged is None else merged.model)(
             torch.tensor(ids, device=self._device),
             where,
-            CachedAttention(self._cache, chunks, where),
+            CachedAttention(self._cache, chunks, where, self._deterministic),
             self._lora_batch(chunks),
-            rows=torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+            rows=torch.tensor(last_rows, dtype=torch.int64) if len(last_rows) < len(ids) else None,
         )
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampling:
             return []
-        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one pass: NaN and Inf survive a sum
-        if all(finite):
-            return list(zip(sampling, sample(logits, sampling), strict=True))
-        sound = [i for i, is_finite in enumerate(finite) if is_finite]
-        tokens = iter(sample(logits[sound], [sampling[i] for i in sound]) if sound else [])
-        return [(s, next(tokens) if is_finite else None) for s, is_finite in zip(sampling, finite, strict=True)]
+        return list(zip(sampling, sample(logits, sampling), strict=True))
 
     def clear(self, sequence: Sequence) -> None:
         """Zero the keys and values of a sequence that ends unseen: NaN among them would reach its slot's next owner."""
         if sequence.slot >= 0:
             self._cache.clear(sequence.slot, sequence.num_tokens)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of the first `count` positions of a slot to another."""
+        self._cache.copy(source, target, count)
+
     def forget_adapters(self) -> None:
         """Let go of the adapters of past steps."""
         self._stacked, self._stack = {}, AdapterStack([])
+        if self._graphs is not None:
+            self._graphs.forget_adapters()
 
     def forget(self, adapter: Adapter) -> None:
-        """Let go of one adapter; it must not run any more."""
+        """Let go of one adapter, which nobody runs on any more."""
         if adapter in self._stacked:
-            self.forget_adapters()
+            self._stacked, self._stack = {}, AdapterStack([])
+        if self._graphs is not None:
+            self._graphs.forget(adapter)
 
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)
@@ -76,10 +111,12 @@ class Runner:
             return None
         # A stack still fits after adapters left, but columns nobody uses cost time: rebuild it when half are idle.
         if not active.keys() <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
-            self._stacked = {adapter: slot for slot, adapter in enumerate(active)}
+            # A blend rounds once per adapter, by slot: in one order, whoever else is here.
+            ordered = sorted(active, key=lambda adapter: (adapter.digest or "", adapter.name))
+            self._stacked = {adapter: slot for slot, adapter in enumerate(ordered)}
             self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
         segments = [
             (chunk.count, [(self._stacked[adapter], weight) for adapter, weight in chunk.sequence.adapters if weight])
             for chunk in chunks
         ]
-        return LoraBatch.from_segments(self._stack, segments, self._device)
+        return LoraBatch.from_segments(self._stack, segments, self._device, self._deterministic)

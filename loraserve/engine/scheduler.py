@@ -4,11 +4,11 @@ Running sequences that decode come first, one token each; what is left of the st
 order of arrival, in chunks. A sequence owns one cache slot from admission to its end, so nothing is ever preempted.
 """
 
-import heapq
 from collections import deque
 from dataclasses import dataclass
 
 from loraserve.engine.sequence import Sequence
+from loraserve.engine.slots import Copy, Slots
 
 PATIENCE = 2.0
 """Seconds for which others may overtake a sequence whose adapters are missing or too many; then everybody waits."""
@@ -32,15 +32,19 @@ class Scheduler:
     """Continuous batching over a fixed number of cache slots.
 
     Args:
-        num_slots: sequences that can run at once.
+        slots: of the cache.
+        max_running: sequences that can run at once, no more than there are slots.
         max_batched_tokens: tokens computed in one step at most.
         max_adapters: distinct adapters in one step at most.
     """
 
-    def __init__(self, num_slots: int, max_batched_tokens: int, max_adapters: int) -> None:
+    def __init__(self, slots: Slots, max_running: int, max_batched_tokens: int, max_adapters: int) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._free = list(range(num_slots))
+        self.copies: list[Copy] = []
+        """To be carried out, in order, before the step that has just been scheduled."""
+        self._slots = slots
+        self._max_running = max_running
         self._max_batched_tokens = max_batched_tokens
         self._max_adapters = max_adapters
 
@@ -57,6 +61,7 @@ class Scheduler:
         Args:
             now: seconds, of any clock that only goes forward.
         """
+        self.copies = []
         self._admit(now)
         decoding = [s for s in self.running if s.num_computed == s.num_tokens - 1]
         chunks = [Chunk(s, s.num_computed, 1) for s in decoding]
@@ -68,11 +73,14 @@ class Scheduler:
                 budget -= chunks[-1].count
         return chunks
 
-    def release(self, sequence: Sequence) -> None:
-        """Forget a finished or aborted sequence and free its slot."""
+    def release(self, sequence: Sequence, sound: bool = True) -> None:
+        """Forget a finished or aborted sequence and free its slot.
+
+        Args:
+            sound: its keys and values may serve others.
+        """
         if sequence.slot >= 0:
-            heapq.heappush(self._free, sequence.slot)  # lowest slots first keeps the cache dense
-            sequence.slot = -1
+            self._slots.give_back(sequence, keep=sound)
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -80,7 +88,7 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         active = {id(adapter) for s in self.running for adapter, _ in s.adapters}
         passed_over: deque[Sequence] = deque()
-        while self.waiting and self._free:
+        while self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting.popleft()
             if not self._equip(sequence, active):
                 passed_over.append(sequence)  # later ones may need none, or some that are here
@@ -89,7 +97,8 @@ class Scheduler:
                     break
                 continue
             active |= {id(adapter) for adapter, _ in sequence.adapters}
-            sequence.slot = heapq.heappop(self._free)
+            if copy := self._slots.take(sequence):
+                self.copies.append(copy)
             self.running.append(sequence)
         self.waiting.extendleft(reversed(passed_over))
 

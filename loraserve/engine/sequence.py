@@ -53,9 +53,13 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     lease: Lease | None = None
+    merged: Any = None
+    """The merged adapter whose model computes it, from the first token to the last; None is the base's model."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    num_shared: int = 0
+    """Tokens of the prompt whose keys and values were there already."""
     slot: int = -1
     """The cache slot it owns while running."""
     aborted: bool = False

@@ -17,11 +17,13 @@ from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
 from loraserve.engine.engine import Engine, Event
+from loraserve.engine.hot_merge import HotMerges, MergedAdapter
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence, Token
+from loraserve.engine.slots import Slots
 from loraserve.engine.text import Piece, TextStream
 from loraserve.engine.worker import Worker
 from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
@@ -34,6 +36,10 @@ from loraserve.registry import Registry
 MAX_BATCHED_TOKENS = 512
 ADAPTER_MEMORY = 1 << 30
 """Bytes of A and B on the device."""
+PREFIX_MEMORY = 1 << 29
+"""Bytes of keys and values of ended requests; on a CPU only what is used is taken."""
+MERGE_MEMORY = 1 << 30
+"""Bytes of merged layers on the device."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
@@ -107,10 +113,14 @@ class Service:
         max_queue: requests that may wait beyond those.
         kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
         adapter_memory: bytes for adapters on the device; a request waits until its own are among them.
+        prefix_memory: bytes for keys and values of requests that have ended, beyond the free part of those for running
+            ones; 0 turns the sharing of prefixes off.
+        deterministic: a request's tokens do not depend on what else is in the batch, bit for bit.
+        merge_memory: bytes for the layers of merged adapters; a merge that does not fit is refused.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
-        InvalidRequest: the limits contradict each other.
+        InvalidRequest: the limits contradict each other, or int8 or deterministic cannot be had on this machine.
     """
 
     def __init__(
@@ -123,6 +133,9 @@ class Service:
         max_queue: int = 64,
         kv_memory: int | None = None,
         adapter_memory: int = ADAPTER_MEMORY,
+        prefix_memory: int = PREFIX_MEMORY,
+        deterministic: bool = False,
+        merge_memory: int = MERGE_MEMORY,
         seed: int | None = None,
     ) -> None:
         limit = base.config.max_position_embeddings
@@ -141,12 +154,16 @@ class Service:
         self.registry = registry
         self.max_queue = max_queue
         self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
-        cache = apart(KVCache, base.config, self.max_num_seqs, self.max_model_len, base.device, base.dtype)
-        scheduler = Scheduler(self.max_num_seqs, max(MAX_BATCHED_TOKENS, self.max_num_seqs), MAX_ACTIVE_ADAPTERS)
-        self._engine = Engine(Runner(base.model, cache), scheduler)
+        num_slots = self.max_num_seqs + prefix_memory // per_sequence
+        self._slots = Slots(num_slots, share_prefixes=prefix_memory > 0)
+        cache = apart(KVCache, base.config, num_slots, self.max_model_len, base.device, base.dtype)
+        budget = max(MAX_BATCHED_TOKENS, self.max_num_seqs)
+        scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS)
+        self._engine = Engine(Runner(base.model, cache, base.int8, deterministic), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
         self.adapters.on_change = lambda: self._worker.post(self._engine.wake)
         self.adapters.on_evict = lambda adapter: self._worker.post(lambda: self._engine.forget(adapter))
+        self.merges = HotMerges(base, registry, merge_memory, self._worker.call)
         self._seed = seed
         self._numbers = itertools.count(1)
 
@@ -190,15 +207,15 @@ class Service:
                 them.
             QueueFull, NotReady: not now.
         """
-        sequence = self._sequence(prompt_token_ids, params)
-        sequence.lease = self.adapters.lease(spec)
+        sequence = self._sequence(prompt_token_ids, spec, params)
+        sequence.lease = None if sequence.merged else self.adapters.lease(spec)
         outbox = self._worker.submit(sequence)
         text = TextStream(self.base.tokenizer, params.stop, params.logprobs is not None)
         return Generation(self._worker, sequence, outbox, text)
 
     def logits(self, token_ids: list[int], spec: Spec = ()) -> Tensor:
         """Return the logits (T, vocab_size) float32 after each of `token_ids`, computed without a cache."""
-        self._sequence(token_ids, SamplingParams(max_tokens=1))
+        sequence = self._sequence(token_ids, spec, SamplingParams(max_tokens=1))
 
         def run() -> Tensor:
             attention = PackedAttention([len(token_ids)], self.base.device)
@@ -206,10 +223,11 @@ class Service:
             entries = [(slot, weight) for slot, (_, weight) in enumerate(held)]
             lora = LoraBatch.from_segments(stack, [(len(token_ids), entries)], self.base.device)
             ids = torch.tensor(token_ids, device=self.base.device)
+            model = sequence.merged.model if sequence.merged else self.base.model
             with torch.inference_mode():
-                return self.base.model(ids, attention.positions, attention, lora).float()
+                return model(ids, attention.positions, attention, lora).float()
 
-        with self.adapters.hold(spec) as held:
+        with self.adapters.hold(() if sequence.merged else spec) as held:
             return self._worker.call(run)
 
     def loaded(self) -> list[str]:
@@ -233,8 +251,17 @@ class Service:
         self.adapters.unpin(name)
 
     def unload(self, name: str) -> bool:
-        """Drop an adapter's copies in memory and its pin; requests that run on it end undisturbed."""
-        return self.adapters.drop(name)
+        """Drop an adapter's copies in memory, its pin and its merge; requests that run on it end undisturbed."""
+        merged, loaded = self.merges.drop(name), self.adapters.drop(name)
+        return merged or loaded
+
+    def merge(self, name: str) -> MergedAdapter:
+        """Give an adapter merged layers of its own, so that it answers as fast as the base; see `HotMerges.merge`."""
+        return self.merges.merge(name)
+
+    def unmerge(self, name: str) -> bool:
+        """Free an adapter's merged layers; return whether it had any. Requests that run on them end undisturbed."""
+        return self.merges.drop(name)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges, as `/metrics` and `/health` show them."""
@@ -250,6 +277,8 @@ class Service:
             "steps_total": self._engine.num_steps,
             "prompt_tokens_total": self._engine.num_prompt_tokens,
             "generated_tokens_total": self._engine.num_generated_tokens,
+            "prefix_shared_tokens_total": self._slots.num_shared_tokens,
+            "prefix_slots_held": self._slots.num_held,
             "adapters_loaded": len(self.adapters.names()),
             "adapters_pinned": len(self.adapters.pinned()),
             "adapters_waiting": self.adapters.num_waiting,
@@ -258,9 +287,11 @@ class Service:
             "adapter_loads_total": self.adapters.num_loads,
             "adapter_load_seconds_total": self.adapters.load_seconds,
             "adapter_evictions_total": self.adapters.num_evictions,
+            "adapters_merged": len(self.merges.current()),
+            "merged_bytes": self.merges.num_bytes,
         }
 
-    def _sequence(self, prompt: list[int], params: SamplingParams) -> Sequence:
+    def _sequence(self, prompt: list[int], spec: Spec, params: SamplingParams) -> Sequence:
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         vocab = self.base.config.vocab_size
@@ -278,6 +309,7 @@ class Service:
             seed = params.seed
         else:
             seed = secrets.randbits(63) if self._seed is None else hash((self._seed, next(self._numbers)))
+        merged = self.merges.find(spec)
         eos = frozenset() if params.ignore_eos else self.base.eos_ids
         return Sequence(
             prompt_token_ids=list(prompt),
@@ -285,4 +317,5 @@ class Service:
             max_tokens=params.max_tokens or room,
             stop_ids=eos | frozenset(params.stop_token_ids),
             seed=seed,
+            merged=merged,
         )

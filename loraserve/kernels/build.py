@@ -19,7 +19,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "types.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = (
     ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native", "-mprefer-vector-width=512"]
@@ -32,8 +32,10 @@ SIGNATURES = {
     "store_and_attend": "pppiiippippiiiiifppi",
     "silu_and_multiply": "ppii",
     "add_deltas": "pipiipppipppppip",
+    "multiply": "pppiii",
+    "multiply_int8": "pppppiiip",
 }
-"""Of each function in cpu.c: pointer, int64 or float per argument."""
+"""Of each function in cpu.c and gemm.c: pointer, int64 or float per argument."""
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def _load(compiler: str) -> ctypes.PyDLL:
 def _compiled(compiler: str) -> Path:
     """Path of the shared library, compiled if this source, compiler and processor have not met before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    made_from = [SOURCE.read_text("utf-8"), version, *FLAGS, *NATIVE, _processor()]
+    made_from = [*(source.read_text("utf-8") for source in SOURCES), version, *FLAGS, *NATIVE, _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if path.is_symlink() or (path.exists() and path.stat().st_uid != os.getuid()):
@@ -78,7 +80,7 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             subprocess.run(
-                [compiler, *FLAGS, *NATIVE, "-o", str(made), str(SOURCE), "-lm"],
+                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:2]), "-lm"],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             os.replace(made, path)

@@ -27,7 +27,7 @@ def add_rms_norm(
     """Add y (N, D) to x (N, D) float32 in place and return the normed sum, times weight (D,) float32, in `dtype`."""
     out = torch.empty(x.shape, dtype=dtype)
     n, d = x.shape
-    _call("add_rms_norm", dtype, x, y, weight, out, n, d, eps, int(cast_first))
+    call("add_rms_norm", dtype, x, y, weight, out, n, d, eps, int(cast_first))
     return out
 
 
@@ -49,7 +49,7 @@ def norm_and_rotate(
         positions: (N,) int64.
     """
     q_norm, k_norm = norms or (None, None)
-    _call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, eps, int(cast_first),
+    call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, eps, int(cast_first),
           table, positions)  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def store_and_attend(
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype == out.dtype
     assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
     scratch = torch.empty(decoding, k.shape[1], longest)
-    _call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
+    call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
           slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest)  # fmt: skip
 
 
@@ -73,8 +73,25 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, (N, D), of gate and up side by side in (N, 2 D)."""
     n, d = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, d, dtype=gate_up.dtype)
-    _call("silu_and_multiply", gate_up.dtype, gate_up, out, n, d)
+    call("silu_and_multiply", gate_up.dtype, gate_up, out, n, d)
     return out
+
+
+Entries = tuple[Tensor, Tensor, Tensor]
+"""Rows, slots and weights of entries, sorted by slot."""
+
+
+def entries(row_weights: Tensor, device: torch.device | str = "cpu") -> Entries:
+    """Return the nonzero entries of W (N, S) float32."""
+    slots, rows = row_weights.T.nonzero(as_tuple=True)
+    return rows.contiguous(), slots.contiguous(), row_weights[rows, slots]
+
+
+def deltas(
+    weights: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]], widths: Sequence[int], dtype: torch.dtype
+) -> "Deltas":
+    """Return what adapters do to layers of one input."""
+    return Deltas(weights, widths, dtype)
 
 
 class Deltas:
@@ -103,17 +120,18 @@ class Deltas:
         self._widths = torch.tensor(list(widths))
         self._most = max(ranks)
 
-    def add(self, x: Tensor, y: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
-        """Add to y (N, Σout) in place what entries (row, slot, weight), sorted by slot, ask for; x (N, in)."""
+    def add(self, x: Tensor, y: Tensor, entries: Entries) -> None:
+        """Add to y (N, Σout) in place what the entries ask for; x (N, in)."""
+        rows, slots, weights = entries
         assert x.dtype == y.dtype == self._dtype and x.is_contiguous() and y.is_contiguous()
         floats = len(rows) * (x.shape[1] + len(self._widths) * self._most)
         scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))
-        _call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
+        call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
               len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,
               scratch)  # fmt: skip
 
 
-def _call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
+def call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
     """Call a kernel. Pointers and int64 pass as they are, for all arguments are declared so but the floats."""
     function = getattr(library(), f"{name}_{DTYPES[dtype]}")
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])

@@ -12,17 +12,26 @@ no row has an adapter is represented by None and runs no code here. `apply_one_b
 oracle.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loraserve.kernels import cpu
+from loraserve.kernels import dispatch
+from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
 """A slot with more rows than this takes a product of its own."""
+
+
+class Work(Protocol):
+    """A part of a batch's delta."""
+
+    def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None: ...
 
 
 @dataclass
@@ -71,16 +80,15 @@ class _Together:
 
 @dataclass
 class _Few:
-    """A few rows of each of any slots, by the CPU's kernel: entries (row, slot, weight), by slot."""
+    """A few rows of each of any slots, by a kernel."""
 
     stack: AdapterStack
-    rows: Tensor
-    slots: Tensor
-    weights: Tensor
+    kernels: Kernels
+    entries: Any
 
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
-        if (deltas := self.stack.deltas(targets, widths, x.dtype)) is not None:
-            deltas.add(x.contiguous(), y, self.rows, self.slots, self.weights)
+        if (deltas := self.stack.deltas(self.kernels, targets, widths, x.dtype)) is not None:
+            deltas.add(x.contiguous(), y, self.entries)
 
 
 class LoraBatch:
@@ -91,13 +99,17 @@ class LoraBatch:
         row_weights: W (N, S) float32 on the CPU, the weight of each slot for each token row; zero where it does not
             apply.
         device: where the rows are.
+        repeatable: a row's delta must not depend on how many rows stand beside it, bit for bit. Needs the kernel.
     """
 
-    def __init__(self, stack: AdapterStack, row_weights: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, stack: AdapterStack, row_weights: Tensor, device: torch.device | str = "cpu", repeatable: bool = False
+    ) -> None:
         self.stack = stack
         self.row_weights = row_weights
         self._device = device
-        self._plans: dict[bool, list[_Alone | _Together | _Few]] = {}
+        self._few_rows = sys.maxsize if repeatable else FEW_ROWS
+        self._plans: dict[bool, list[Work]] = {}
 
     @classmethod
     def uniform(cls, weights: Weights, num_rows: int, device: torch.device | str = "cpu") -> "LoraBatch":
@@ -110,6 +122,7 @@ class LoraBatch:
         stack: AdapterStack,
         segments: Sequence[tuple[int, Sequence[tuple[int, float]]]],
         device: torch.device | str,
+        repeatable: bool = False,
     ) -> "LoraBatch | None":
         """Build W from consecutive row segments.
 
@@ -126,11 +139,19 @@ class LoraBatch:
         weights = torch.zeros(len(segments), len(stack.adapters))
         rows, slots, values = zip(*cells, strict=True)
         weights[list(rows), list(slots)] = torch.tensor(values)
-        return cls(stack, weights.repeat_interleave(lengths, dim=0), device)
+        return cls(stack, weights.repeat_interleave(lengths, dim=0), device, repeatable)
+
+    @classmethod
+    def fixed(cls, work: Work) -> "LoraBatch":
+        """A batch that does `work` and nothing else; no rows can be selected from it."""
+        batch = cls(AdapterStack([]), torch.empty(0, 0))
+        batch._plans = {False: [work], True: [work]}
+        return batch
 
     def select(self, rows: Tensor) -> "LoraBatch":
         """The batch of a subset of rows, `rows` (M,) int64: an expert's tokens, or the rows that sample."""
-        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device)
+        repeatable = self._few_rows > FEW_ROWS
+        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device, repeatable)
 
     def apply(self, target: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the delta of `target`.
@@ -150,28 +171,28 @@ class LoraBatch:
             x: their input (N, in).
             y: their outputs side by side (N, Σout); written in place and returned.
         """
-        kernel = x.device.type == "cpu" and x.dtype == y.dtype and cpu.available(x.dtype)
-        kernel = kernel and not torch.is_grad_enabled()
-        if kernel not in self._plans:
+        kernels = None
+        if x.dtype == y.dtype and not torch.is_grad_enabled():
+            kernels = dispatch.of(x.device, x.dtype)
+        if (planned := kernels is not None) not in self._plans:
             slots = range(len(self.stack.adapters))
-            self._plans[kernel] = self._plan_for_kernel() if kernel else self._plan_for_groups(slots)
-        for work in self._plans[kernel]:
+            self._plans[planned] = self._plan_for(kernels) if kernels else self._plan_for_groups(slots)
+        for work in self._plans[planned]:
             work.add(targets, widths, x, y)
         return y
 
-    def _plan_for_kernel(self) -> list[_Alone | _Together | _Few]:
+    def _plan_for(self, kernels: Kernels) -> list[Work]:
         """The kernel for slots of few rows, matrix products for the others."""
         counts = (self.row_weights != 0).sum(dim=0)  # (S,)
-        few = (counts <= FEW_ROWS) & (counts > 0)
-        plan = self._plan_for_groups(((counts > FEW_ROWS).nonzero().squeeze(1)).tolist())
+        few = (counts <= self._few_rows) & (counts > 0)
+        plan = self._plan_for_groups(((counts > self._few_rows).nonzero().squeeze(1)).tolist())
         if few.any():
-            slots, rows = (self.row_weights * few).T.nonzero(as_tuple=True)
-            plan.append(_Few(self.stack, rows.contiguous(), slots.contiguous(), self.row_weights[rows, slots]))
+            plan.append(_Few(self.stack, kernels, kernels.entries(self.row_weights * few, self._device)))
         return plan
 
-    def _plan_for_groups(self, slots: Sequence[int]) -> list[_Alone | _Together | _Few]:
+    def _plan_for_groups(self, slots: Sequence[int]) -> list[Work]:
         """Matrix products for some of the slots."""
-        plan: list[_Alone | _Together | _Few] = []
+        plan: list[Work] = []
         wanted = set(slots)
         for group in self.stack.groups:
             weights = self.row_weights[:, group.members]  # (N, S)

@@ -4,6 +4,7 @@ Each A (r, in) lies as it is and each B (out, r) by columns, as a delta reads it
 cache line.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,30 +26,38 @@ class Packed:
 
     @classmethod
     def of(cls, adapter: Adapter, dtype: torch.dtype, pinned: bool = False) -> "Packed":
-        """Copy an adapter into a buffer of its own on the CPU, in `dtype`; pinned for copies to a GPU."""
+        """Copy an adapter into a buffer of its own on the CPU, in `dtype`; pinned for copies to a GPU.
+
+        Its digest is computed on the way, of the numbers as they are then.
+        """
         size = sum(_span(w, dtype) for w in adapter.weights.values())
-        buffer = torch.empty(size, dtype=dtype, pin_memory=pinned)
-        packed = cls(buffer, _views(buffer, adapter.weights, adapter.name))
+        buffer = torch.zeros(size, dtype=dtype, pin_memory=pinned)  # the gaps are hashed, too
+        views = _views(buffer, adapter.weights)
         for target, weight in adapter.weights.items():
-            packed.adapter.weights[target].A.copy_(weight.A)
-            packed.adapter.weights[target].B.copy_(weight.B)
-        return packed
+            views[target].A.copy_(weight.A)
+            views[target].B.copy_(weight.B)
+        layout = [(target, tuple(w.A.shape), w.B.shape[0], w.scaling) for target, w in views.items()]
+        sha = hashlib.sha256(repr((str(dtype), layout)).encode())
+        sha.update(buffer.view(torch.uint8).numpy().data)
+        return cls(buffer, Adapter(views, adapter.name, sha.hexdigest()))
 
     def over(self, buffer: Tensor) -> "Packed":
         """The same adapter over another buffer, which holds or will hold the same numbers."""
-        return Packed(buffer, _views(buffer, self.adapter.weights, self.adapter.name))
+        adapter = self.adapter
+        return Packed(buffer, Adapter(_views(buffer, adapter.weights), adapter.name, adapter.known_digest))
 
 
-def _views(buffer: Tensor, weights: Mapping[str, LoraWeight], name: str) -> Adapter:
+def _views(buffer: Tensor, weights: Mapping[str, LoraWeight]) -> dict[str, LoraWeight]:
     views, at = {}, 0
-    for target, weight in weights.items():
+    for target in sorted(weights):
+        weight = weights[target]
         (r, width), out = weight.A.shape, weight.B.shape[0]
         A = buffer[at : at + r * width].view(r, width)
         at += _aligned(r * width, buffer.dtype)
         B = buffer[at : at + r * out].view(r, out).T
         at += _aligned(r * out, buffer.dtype)
         views[target] = LoraWeight(A, B, weight.scaling)
-    return Adapter(views, name)
+    return views
 
 
 def _span(weight: LoraWeight, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraserve.kernels.cpu import Deltas
+from loraserve.kernels.dispatch import Deltas, Kernels
 from loraserve.lora.adapter import LoraWeight
 
 Weights = Mapping[str, LoraWeight]
@@ -83,12 +83,14 @@ class AdapterStack:
         self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
         self._deltas: dict[tuple[tuple[str, ...], torch.dtype], Deltas | None] = {}
 
-    def deltas(self, targets: tuple[str, ...], widths: Sequence[int], dtype: torch.dtype) -> Deltas | None:
-        """The adapters at layers of one input for the CPU's kernel; None if none of them touches these."""
+    def deltas(
+        self, kernels: Kernels, targets: tuple[str, ...], widths: Sequence[int], dtype: torch.dtype
+    ) -> Deltas | None:
+        """The adapters at layers of one input for a kernel; None if none of them touches these."""
         if (targets, dtype) not in self._deltas:
             cells = [[(weights[t].A, weights[t].B, weights[t].scaling) if t in weights else None for t in targets]
                      for weights in self.adapters]  # fmt: skip
-            deltas = Deltas(cells, widths, dtype) if any(any(row) for row in cells) else None
+            deltas = kernels.deltas(cells, widths, dtype) if any(any(row) for row in cells) else None
             if any(cell[0].requires_grad for row in cells for cell in row if cell):
                 return deltas  # in training it changes with each step
             self._deltas[targets, dtype] = deltas

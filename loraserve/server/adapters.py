@@ -1,4 +1,4 @@
-"""The adapters by HTTP: list, describe, upload, pin, remove, and vLLM's load and unload.
+"""The adapters by HTTP: list, describe, upload, pin, remove, merge, and vLLM's load and unload.
 
 An upload is a multipart form with `adapter_config.json`, one `.safetensors` file, and the field `name`; a
 `loraserve.json` may tell where the adapter comes from. Whatever is refused leaves the registry as it was. Unloading
@@ -90,6 +90,25 @@ def remove_adapter(name: str) -> Response:
     return jsonify(id=name, object="adapter", deleted=True)
 
 
+@routes.post("/v1/adapters/<path:name>/merge")
+def merge_adapter(name: str) -> Response:
+    """Let an adapter answer from merged layers of its own; answers when they are in use."""
+    state = current()
+    _same_origin()
+    _find(state, name)
+    merged = state.service.merge(name)
+    return jsonify(_describe(state, state.registry.get(name)) | {"merge": merged.to_dict()})
+
+
+@routes.post("/v1/adapters/<path:name>/unmerge")
+def unmerge_adapter(name: str) -> Response:
+    state = current()
+    _same_origin()
+    _find(state, name)
+    state.service.unmerge(name)
+    return jsonify(_entry(state, name))
+
+
 @routes.post("/v1/load_lora_adapter")
 def load_adapter() -> Response:
     """Bring an adapter from a directory of the server's into service, under a name."""
@@ -166,10 +185,10 @@ def _role(file: FileStorage, files: dict[str, FileStorage]) -> str:
 
 
 def _same_origin() -> None:
-    """Refuse a form that another site's page sends: browsers ask no leave for those, unlike for JSON."""
+    """Refuse what another site's page sends without asking: browsers ask no leave for a form, unlike for JSON."""
     origin = request.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != request.host:
-        raise Forbidden(f"uploads from pages of {origin} are not allowed")
+        raise Forbidden(f"pages of {origin} are not allowed to do this")
 
 
 def _entry(state: State, name: str) -> dict[str, Any]:
@@ -184,12 +203,15 @@ def _entry(state: State, name: str) -> dict[str, Any]:
 
 def _describe(state: State, record: Record) -> dict[str, Any]:
     manifest, config = record.manifest, record.config
+    merged = state.service.merges.get(record.name)
     return {
         "id": record.name,
         "object": "adapter",
         "status": "ready",
         "loaded": state.service.is_loaded(record.name),
         "pinned": state.service.is_pinned(record.name),
+        "merged": merged is not None,
+        "merged_bytes": merged.num_bytes if merged else 0,
         "version": record.version,
         "created": record.created,
         "description": manifest.description,

@@ -1,6 +1,5 @@
 """Merged checkpoints: the arithmetic, upstream's own merged files, transformers' reading of them, and the report."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,11 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
-from loraserve.base.checkpoint import Checkpoint, expected_tensors, read_checkpoint
-from loraserve.base.config import ModelConfig
-from loraserve.base.export import write_hf
+from loraserve.base.checkpoint import read_checkpoint
 from loraserve.base.fingerprint import compute
-from loraserve.base.load import Base, load_base
+from loraserve.base.load import Base, build_model, load_base
 from loraserve.engine.merge import merge, merge_checkpoint
 from loraserve.engine.parity import compare
 from loraserve.errors import AdapterNotFound, CheckpointError, Conflict, InvalidRequest, StorageError
@@ -28,6 +25,7 @@ from loraserve.lora.minimind import read_minimind
 from loraserve.lora.spec import parse_spec
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
+from tests.engine.conftest import write_random
 
 TEXT = "Tell me a story. 给我讲一个故事吧。"
 
@@ -58,28 +56,6 @@ def publish(base: Base, root: Path, adapter: Adapter, r: int) -> Registry:
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(adapter.weights))
     registry.publish("one", adapter, config, {"base_fingerprint": base.fingerprint})
     return registry
-
-
-@pytest.fixture(scope="module")
-def moe(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A Qwen3-MoE base with the tiny base's tokenizer."""
-    config = dataclasses.replace(
-        read_checkpoint(tiny_base_dir).config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    )
-    return load_base(
-        str(write_random(config, tiny_base_dir, tmp_path_factory.mktemp("bases") / "moe")), dtype="float32"
-    )
-
-
-def write_random(config: ModelConfig, tokenizer: Path, out: Path, dtype: torch.dtype = torch.float16) -> Path:
-    generator = torch.Generator().manual_seed(4)
-    tensors = {
-        name: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.ones(shape))
-        for name, shape in expected_tensors(config).items()
-    }
-    checkpoint = Checkpoint(config, {name: tensor.to(dtype) for name, tensor in tensors.items()}, out, "hf")
-    write_hf(checkpoint, out, tokenizer)
-    return out
 
 
 @pytest.mark.parametrize("spec", ["a", "b", "c", "b:0.5", "a:0.7+b:0.3+c:-0.4"])
@@ -207,7 +183,7 @@ def test_the_report_is_written_beside_the_weights_and_says_what_was_merged(
 
 
 def test_the_comparison_notices_a_checkpoint_that_is_not_the_merged_one(base: Base, registry: Registry) -> None:
-    unmerged = read_checkpoint(base.path)
+    unmerged = build_model(read_checkpoint(base.path), base.device, base.dtype)
     parity = compare(base, [(registry.load("b"), 1.0)], unmerged)
     assert parity.greedy_agreement < 0.5
     assert parity.max_logit_difference > 1
@@ -221,7 +197,7 @@ def test_the_comparison_renders_the_bases_own_template(base: Base, registry: Reg
     (twin / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     other = load_base(str(twin), device="cpu", dtype="float32")
     adapters = [(registry.load("b"), 1.0)]
-    merged = merge_checkpoint(read_checkpoint(base.path), adapters)
+    merged = build_model(merge_checkpoint(read_checkpoint(base.path), adapters), base.device, base.dtype)
     answers = [[p.answer for p in compare(b, adapters, merged, ["你是谁？"]).prompts] for b in (base, other)]
     assert answers[0] != answers[1]
 

@@ -71,6 +71,22 @@ def test_logprobs_are_the_models_own_and_ranked() -> None:
     assert second.top_logprobs[1][1] == pytest.approx(expected[1].item())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_has_no_token_and_disturbs_no_other(bad: float) -> None:
+    kinds = [{}, {"logprobs": 2}, {"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.5, "logprobs": 0}]
+
+    def sequences() -> list[Sequence]:
+        return [Sequence([0], SamplingParams(**kind), 10, seed=i) for i, kind in enumerate(kinds * 2)]
+
+    logits = LOGITS.repeat(8, 1)
+    wanted = sample(logits, sequences())
+    logits[::2, 3] = bad
+    got = sample(logits, sequences())
+    assert got[::2] == [None] * 4
+    assert got[1::2] == wanted[1::2]
+    assert [len(token.top_logprobs) for token in wanted if token] == [0, 2, 0, 0] * 2
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_tokens", 0), ("max_tokens", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0),

@@ -3,6 +3,7 @@
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.scheduler import PATIENCE, Scheduler
 from loraserve.engine.sequence import Sequence, Weighted
+from loraserve.engine.slots import Slots
 
 
 class Lease:
@@ -44,7 +45,7 @@ def advance(scheduler: Scheduler, now: float = 0.0) -> list[tuple[Sequence, int,
 
 
 def test_decoding_comes_first_and_prompts_share_the_rest_of_the_budget() -> None:
-    scheduler = Scheduler(num_slots=4, max_batched_tokens=10, max_adapters=4)
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=10, max_adapters=4)
     short, long = sequence(3), sequence(18)
     scheduler.add(short)
     scheduler.add(long)
@@ -55,7 +56,7 @@ def test_decoding_comes_first_and_prompts_share_the_rest_of_the_budget() -> None
 
 
 def test_slots_are_reused_lowest_first_and_arrival_order_is_kept() -> None:
-    scheduler = Scheduler(num_slots=2, max_batched_tokens=10, max_adapters=4)
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=10, max_adapters=4)
     a, b, c, d = (sequence(2) for _ in range(4))
     for s in (a, b, c, d):
         scheduler.add(s)
@@ -71,7 +72,7 @@ def test_slots_are_reused_lowest_first_and_arrival_order_is_kept() -> None:
 
 
 def test_too_many_adapters_wait_while_others_pass() -> None:
-    scheduler = Scheduler(num_slots=4, max_batched_tokens=100, max_adapters=1)
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     first, other, same, plain = sequence(2, one), sequence(2, two), sequence(2, one), sequence(2)
     for s in (first, other, same, plain):
@@ -91,7 +92,7 @@ def test_tokens_cross_from_prompt_to_answer() -> None:
 
 
 def test_who_waits_for_an_adapter_slot_is_overtaken_for_a_bounded_time() -> None:
-    scheduler = Scheduler(num_slots=2, max_batched_tokens=100, max_adapters=1)
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     running = sequence(2, one)
     scheduler.add(running)
@@ -114,7 +115,7 @@ def test_who_waits_for_an_adapter_slot_is_overtaken_for_a_bounded_time() -> None
 
 
 def test_who_waits_for_a_load_is_overtaken_for_a_bounded_time_from_its_turn_on() -> None:
-    scheduler = Scheduler(num_slots=2, max_batched_tokens=100, max_adapters=4)
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=4)
     first, second = sequence(2), sequence(2)
     loading, lease = leasing(2, object())
     for s in (first, second, loading):
@@ -135,7 +136,7 @@ def test_who_waits_for_a_load_is_overtaken_for_a_bounded_time_from_its_turn_on()
 
 
 def test_adapters_are_held_only_by_who_is_admitted() -> None:
-    scheduler = Scheduler(num_slots=4, max_batched_tokens=100, max_adapters=1)
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     (first, a), (second, b), (same, c) = leasing(2, one), leasing(2, two), leasing(2, one)
     for s, lease in ((first, a), (second, b), (same, c)):
