@@ -4,14 +4,21 @@ Knows no HTTP: the server maps classes to status codes in one table, the command
 """
 
 import difflib
+from bisect import bisect_left
 from collections.abc import Iterable
 
 LONGEST_NAME = 200
+MAX_COMPARED = 400
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x' or 'y'?` with what in `known` is closest to `name`; '' if nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    names = list(known)
+    if len(names) > MAX_COMPARED:  # its neighbours in the alphabet, for comparing with all would take seconds
+        names.sort()
+        start = max(bisect_left(names, name) - MAX_COMPARED // 2, 0)
+        names = names[start : start + MAX_COMPARED]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

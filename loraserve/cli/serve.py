@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COUNT = click.IntRange(1)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_SHOWN = 10
+MAX_SHOWN, MAX_CHECKED = 10, 200
 SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -136,16 +136,17 @@ def _has_desktop() -> bool:
 
 
 def _describe(registry: "Registry") -> str:
-    """The adapters found, in words, and how many of them cannot be used."""
+    """The adapters found, in words, and how many cannot be used; of very many, the first ones are looked at."""
     from loraserve.errors import LoraserveError
 
-    usable, refused = [], 0
-    for name in registry.names():
+    names = registry.names()
+    refused = set()
+    for name in names[:MAX_CHECKED]:
         try:
             registry.get(name)
-            usable.append(name)
         except LoraserveError:
-            refused += 1
+            refused.add(name)
+    usable = [name for name in names if name not in refused]
     shown = ", ".join(usable[:MAX_SHOWN]) + (f" and {len(usable) - MAX_SHOWN} more" if len(usable) > MAX_SHOWN else "")
     words = {0: "no adapters yet", 1: f"adapter {shown}"}.get(len(usable), f"{len(usable)} adapters ({shown})")
-    return f"{words}; {refused} more cannot be used, see `loraserve adapters verify`;" if refused else words
+    return f"{words}; {len(refused)} more cannot be used, see `loraserve adapters verify`;" if refused else words

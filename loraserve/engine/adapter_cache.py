@@ -1,115 +1,320 @@
-"""Adapters on the device, ready to serve: loaded when first asked for, kept until memory is short.
+"""Adapters on the device: who waits for which, who holds which, and loading them ahead of need.
 
-A request holds the Adapter object itself, so dropping one from the cache never disturbs a request that runs on it, and
-a republished adapter is another object from the next request on.
+A request joins the line with a `Lease` on the adapters of its SPEC; when all of them are on the device it takes them,
+and holds them until it ends. Missing ones are loaded in the order of the line, one at a time, each in a thread that
+ends (see `kernels/threads.py`), while the engine goes on. What is dropped to make room is `Residency`'s to say. A fault
+that only the load reveals fails the requests that wait for that adapter, and no other. A republished adapter is another
+entry: requests that hold the old one keep it.
 """
 
+import logging
 import threading
-import weakref
-from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
-from loraserve.errors import InvalidRequest, QueueFull
-from loraserve.kernels.threads import apart
+from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
+from loraserve.engine.lease import Held, Lease
+from loraserve.engine.residency import Entry, Residency
+from loraserve.errors import Conflict, InvalidRequest, LoraserveError
 from loraserve.lora.adapter import Adapter
-from loraserve.lora.spec import Spec
-from loraserve.registry import Registry
+from loraserve.lora.spec import Spec, Term
+from loraserve.registry import Record, Registry
+
+__all__ = ["AdapterCache", "serving_dtype"]
+
+log = logging.getLogger(__name__)
+HOST_SHARE = 4
+"""Copies in the host's memory may take so many times the bytes of the device's."""
 
 
-def serving_dtype(base: torch.dtype) -> torch.dtype:
-    """What adapters beside a base of that dtype compute in: the same, but float32 where float16 would overflow."""
-    return torch.float32 if base == torch.float16 else base
+@dataclass(eq=False)
+class _Job:
+    """A load under way; outdated if other files were asked for since it began to read."""
+
+    name: str
+    size: int
+    to_host: bool = False
+    signature: object = None
+    outdated: bool = False
 
 
 class AdapterCache:
-    """Least-recently-used cache of device copies, in front of a Registry. Thread-safe.
+    """The adapters on a device, in front of a Registry. Thread-safe.
 
     Args:
-        capacity: bytes of A and B on the device at most, those that requests run on included. One adapter alone may be
-            larger.
+        capacity: bytes of A and B on the device at most, those that requests hold included.
+        host_capacity: bytes of copies in the host's memory where that is another one.
+        has_host: see `AdapterTiers`.
     """
 
-    def __init__(self, registry: Registry, device: torch.device, dtype: torch.dtype, capacity: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int,
+        host_capacity: int | None = None,
+        has_host: bool | None = None,
+    ) -> None:
+        dtype = serving_dtype(dtype)
         self._registry = registry
-        self._device = device
-        self._dtype = serving_dtype(dtype)
-        self._capacity = capacity
-        self._loaded: OrderedDict[str, tuple[object, Adapter]] = OrderedDict()  # name -> (files' signature, adapter)
-        self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()  # also those that only a request still holds
-        self._lock = threading.Lock()
-        self._loading = threading.Lock()  # one load at a time: nobody loads the same twice, and memory is bounded
+        self._itemsize = dtype.itemsize
+        self._tiers = AdapterTiers(registry, device, dtype, host_capacity or HOST_SHARE * capacity, has_host)
+        self._table = Residency(capacity)
+        self._line: dict[Lease, None] = {}  # who waits, in order of arrival
+        self._job: _Job | None = None
+        self._changed = threading.Condition()  # guards all of this
+        self.num_changes = 0
+        """Grows whenever somebody in line may go on."""
+        self.num_loads = self.num_evictions = 0
+        self.load_seconds = 0.0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called, in any thread, whenever somebody in line may go on."""
+        self.on_evict: Callable[[Adapter], None] = lambda adapter: None
+        """Called, in any thread, with what has been dropped. Must not call back."""
 
-    def resolve(self, spec: Spec) -> tuple[tuple[Adapter, float], ...]:
-        """Return the adapters of a SPEC with their weights, loading what is missing.
+    def lease(self, spec: Spec) -> Lease | None:
+        """Claim the adapters of a SPEC; None if it needs none. Nothing is loaded yet.
 
         Raises:
-            AdapterNotFound, AdapterRefused: see `Registry.load`.
-            QueueFull: the adapters of the requests in flight leave no room for another.
-            InvalidRequest: the SPEC's own adapters do not fit together.
+            AdapterNotFound, AdapterRefused: one cannot be used, as far as can be told without its weights.
+            InvalidRequest: together they are larger than the memory for adapters.
         """
-        parts: list[tuple[Adapter, float]] = []
-        for term in spec:
-            parts.append((self._get(term.name, sum(adapter.num_bytes for adapter, _ in parts)), term.scale))
-        return tuple(parts)
+        records = [(term, self._registry.get(term.name)) for term in spec]
+        used = [(term, record) for term, record in records if term.scale]
+        if not used:
+            return None
+        sizes = {term.name: self._size_of(record) for term, record in used}
+        if problem := self._oversize(sizes):
+            raise problem
+        weights = {term.name: term.scale for term, _ in used}
+        return Lease(self, weights, sizes, {term.name: record.signature for term, record in used})
+
+    @contextmanager
+    def hold(self, spec: Spec) -> Iterator[Held]:
+        """Wait until the adapters of a SPEC are on the device; hold them within the block. Raises as `lease` does."""
+        if (lease := self.lease(spec)) is None:
+            yield ()
+            return
+        lease.join()
+        try:
+            with self._changed:
+                while (held := lease.take()) is None and lease.error is None:
+                    self._changed.wait()
+            if held is None:
+                assert lease.error is not None
+                raise lease.error
+            yield held
+        finally:
+            lease.release()
+
+    def resolve(self, spec: Spec) -> Held:
+        """Wait for the adapters of a SPEC and return them with their weights. Raises as `lease` does."""
+        with self.hold(spec) as held:
+            return held
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device and keep it there, this version and later ones, until it is unpinned.
+
+        Raises:
+            AdapterNotFound, AdapterRefused: it cannot be used.
+            Conflict: the pinned adapters together would be larger than the memory for adapters.
+        """
+        size = self._size_of(self._registry.get(name))
+        with self._changed:
+            self._with_pin(name, size)
+        with self.hold((Term(name),)) as held, self._changed:
+            self._table.pinned = self._with_pin(name, held[0][0].num_bytes)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be dropped like any other; harmless if it is not pinned."""
+        with self._changed:
+            if self._table.pinned.pop(name, None) is not None:
+                self._advance()
+
+    def pinned(self) -> set[str]:
+        with self._changed:
+            return set(self._table.pinned)
+
+    def has(self, name: str) -> bool:
+        """Whether it is on the device."""
+        return name in self._table.entries
 
     def names(self) -> list[str]:
-        with self._lock:
-            return sorted(self._loaded)
+        """What is on the device."""
+        with self._changed:
+            return sorted(self._table.entries)
 
     def drop(self, name: str) -> bool:
-        """Forget an adapter's device copy; return whether there was one."""
-        with self._lock:
-            return self._loaded.pop(name, None) is not None
+        """Forget an adapter's copies in memory, and that it is pinned; return whether the device had one."""
+        self._tiers.forget(name)
+        with self._changed:
+            self._table.pinned.pop(name, None)
+            if self._job is not None and self._job.name == name:
+                self._job.outdated = True
+            found = name in self._table.entries
+            if found:
+                self._retire(name)
+            self._advance()
+        return found
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all adapters on the device, those that only a request still holds included."""
-        with self._lock:
-            return self._size()
+        """Bytes of the adapters on the device, older versions that requests still hold included."""
+        with self._changed:
+            return self._table.num_bytes
 
-    def _size(self) -> int:
-        return sum(adapter.num_bytes for adapter in self._alive)
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the copies in the host's memory, where that is another one."""
+        return self._tiers.host_bytes
 
-    def _get(self, name: str, beside: int) -> Adapter:
-        """The adapter `name`; `beside` bytes are taken by others of the same SPEC."""
-        if adapter := self._held(name, self._registry.get(name).signature):
-            return adapter
-        with self._loading:
-            version = self._registry.get(name).signature
-            if adapter := self._held(name, version):  # another thread has just loaded it
-                return adapter
-            adapter = apart(self._load, name)
-            with self._lock:
-                self._make_room(name, adapter.num_bytes, beside)
-                self._alive.add(adapter)
-                self._loaded[name] = (version, adapter)
-            return adapter
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line."""
+        return len(self._line)
 
-    def _load(self, name: str) -> Adapter:
-        return self._registry.load(name).to(self._device, self._dtype)
+    def _with_pin(self, name: str, size: int) -> dict[str, int]:
+        pinned = self._table.pinned | {name: size}
+        if sum(pinned.values()) > self._table.capacity:
+            raise Conflict(
+                f"with {name!r} the pinned adapters would need {_mib(sum(pinned.values()))}, more than the "
+                f"{_mib(self._table.capacity)} there are; unpin another, or raise --adapter-memory"
+            )
+        return pinned
 
-    def _held(self, name: str, version: object) -> Adapter | None:
-        with self._lock:
-            held = self._loaded.get(name)
-            if held is None or held[0] != version:
+    def _join(self, lease: Lease) -> None:
+        with self._changed:
+            self._line[lease] = None
+            for name, signature in lease.signatures.items():
+                entry, job = self._table.entries.get(name), self._job
+                if entry is not None and entry.signature != signature:
+                    self._retire(name)
+                if job is not None and job.name == name and job.signature not in (None, signature):
+                    job.outdated = True
+            self._advance()
+
+    def _peek(self, lease: Lease) -> Held | None:
+        with self._changed:
+            entries = self._table.entries
+            if lease not in self._line or any(name not in entries for name in lease.weights):
+                lease.seen = self.num_changes
                 return None
-            self._loaded.move_to_end(name)
-            return held[1]
+            return tuple((entries[name].adapter, weight) for name, weight in lease.weights.items())
 
-    def _make_room(self, name: str, size: int, beside: int) -> None:
-        """Evict the least recently used until `size` bytes more fit; what a request runs on stays all the same."""
-        self._loaded.pop(name, None)  # an older version
-        while self._alive and self._size() + size > self._capacity:
-            if not self._loaded and beside and beside + size > self._capacity:
-                raise InvalidRequest(
-                    f"the adapters of this blend need {(beside + size) / 2**20:.1f} MiB together, more than the "
-                    f"{self._capacity / 2**20:.1f} MiB there are; blend fewer, or raise --adapter-memory",
-                    param="adapter",
+    def _take(self, lease: Lease) -> Held | None:
+        with self._changed:
+            if (held := self._peek(lease)) is not None:
+                del self._line[lease]
+                lease.held = [self._table.use(name) for name in lease.weights]
+            return held
+
+    def _release(self, lease: Lease) -> None:
+        with self._changed:
+            if lease in self._line:
+                del self._line[lease]
+            elif not lease.held:
+                return
+            for entry in lease.held:
+                if self._table.free(entry):
+                    self.on_evict(entry.adapter)
+            lease.held = []
+            self._advance()
+
+    def _retire(self, name: str) -> None:
+        entry = self._table.retire(name)
+        if not entry.users:
+            self.on_evict(entry.adapter)
+
+    def _advance(self) -> None:
+        """Begin the next load, if there is one and room for it."""
+        if self._job is None and (job := self._next_job()) is not None:
+            self._job = job
+            threading.Thread(target=self._run, args=(job,), name="loraserve-loader", daemon=True).start()
+
+    def _next_job(self) -> _Job | None:
+        if (choice := self._table.choose(lease.sizes for lease in self._line)) is not None:
+            for entry in self._table.make_room(choice):
+                self.num_evictions += 1
+                self.on_evict(entry.adapter)
+            return _Job(choice.name, choice.size)
+        if self._tiers.has_host:  # the device is full: what will be wanted next can come nearer
+            for lease in self._line:
+                for name, signature in lease.signatures.items():
+                    if name not in self._table.entries and self._tiers.has_room_for(name, signature, lease.sizes[name]):
+                        return _Job(name, lease.sizes[name], to_host=True)
+        return None
+
+    def _run(self, job: _Job) -> None:
+        """Load, in a thread of its own; then see who can go on, who has failed, and what to load next."""
+        began, adapter, error = perf_counter(), None, None
+        try:
+            record = self._registry.get(job.name)
+            with self._changed:
+                job.signature = record.signature
+            if self._size_of(record) > job.size:
+                self._resize(job.name, self._size_of(record))
+            elif job.to_host:
+                self._tiers.warm(job.name, record.signature)
+            else:
+                adapter = self._tiers.fetch(job.name, record.signature)
+        except LoraserveError as refusal:
+            error = refusal
+        except Exception as fault:
+            log.exception("adapter %r could not be loaded", job.name)
+            error = LoraserveError(f"adapter {job.name!r} could not be loaded ({type(fault).__name__}: {fault})")
+        with self._changed:
+            self._job = None
+            failed: list[Lease] = []
+            if adapter is not None and not job.outdated:
+                self.num_loads += 1
+                self.load_seconds += perf_counter() - began
+                self._table.entries[job.name] = Entry(job.name, job.signature, adapter)
+            for lease in list(self._line):
+                lease.error = self._oversize(lease.sizes) or (
+                    None if job.outdated or job.name not in lease.sizes else error
                 )
-            if not self._loaded:
-                raise QueueFull(
-                    f"adapter {name!r} needs {size / 2**20:.1f} MiB, and the adapters of requests in flight leave too "
-                    f"little of {self._capacity / 2**20:.1f} MiB; try again in a moment, or raise --adapter-memory"
-                )
-            self._loaded.popitem(last=False)
+                if lease.error is not None:
+                    failed.append(lease)
+                    del self._line[lease]
+            if error is not None and not job.outdated and self._table.pinned.pop(job.name, None) is not None:
+                log.warning("adapter %r is no longer pinned: %s", job.name, error)
+            self.num_changes += 1
+            self._changed.notify_all()
+            self._advance()
+        self.on_change()
+        for lease in failed:
+            if lease.on_failure is not None and lease.error is not None:
+                lease.on_failure(lease.error)
+
+    def _resize(self, name: str, size: int) -> None:
+        """A version that was published meanwhile is larger than the one asked for."""
+        with self._changed:
+            for lease in self._line:
+                if name in lease.sizes:
+                    lease.sizes[name] = size
+            if name in self._table.pinned:
+                self._table.pinned[name] = size
+
+    def _size_of(self, record: Record) -> int:
+        return record.num_parameters * self._itemsize
+
+    def _oversize(self, sizes: dict[str, int]) -> InvalidRequest | None:
+        total = sum(sizes.values())
+        if total <= self._table.capacity:
+            return None
+        alone = len(sizes) == 1
+        what = f"adapter {next(iter(sizes))!r} needs" if alone else "the adapters of this blend together need"
+        return InvalidRequest(
+            f"{what} {_mib(total)}, more than the {_mib(self._table.capacity)} there are; "
+            f"{'raise' if alone else 'blend fewer, or raise'} --adapter-memory",
+            param="adapter",
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

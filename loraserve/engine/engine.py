@@ -1,9 +1,12 @@
 """The engine: `schedule → run → postprocess`. Token ids in, token ids out; not thread-safe, see `worker`."""
 
+import time
+
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.sequence import Sequence, Token
 from loraserve.errors import LoraserveError, NotFinite
+from loraserve.lora.adapter import Adapter
 
 Event = Token | LoraserveError
 """What a step brings a sequence: a token, or the end by a failure of its own."""
@@ -18,13 +21,23 @@ class Engine:
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self._stalled = False  # whoever waits, waits for something that no step brings
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work and not self._stalled
 
     def add(self, sequence: Sequence) -> None:
+        self._stalled = False
         self.scheduler.add(sequence)
+
+    def wake(self) -> None:
+        """Look again at those who wait: adapters may have arrived."""
+        self._stalled = False
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of an adapter that has been dropped from memory."""
+        self._runner.forget(adapter)
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence, wherever it is; harmless if it has ended already."""
@@ -43,7 +56,8 @@ class Engine:
 
         A sequence whose logits are not finite ends with NotFinite; the others never notice.
         """
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(time.monotonic())
+        self._stalled = not chunks
         if not chunks:
             return []
         for copy in self.scheduler.copies:
@@ -68,6 +82,10 @@ class Engine:
         return results
 
     def _release(self, sequence: Sequence, sound: bool = True) -> None:
+        self._stalled = False
         self.scheduler.release(sequence, sound)
+        if sequence.lease is not None:
+            sequence.lease.release()
+            sequence.adapters = ()
         if not self.scheduler.running:
             self._runner.forget_adapters()

@@ -77,6 +77,10 @@ class DecodeGraphs:
         """Let go of the adapters of past steps."""
         self._adapters.forget()
 
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of one of them."""
+        self._adapters.drop(adapter)
+
     def _step(self, rows: int, padded: int) -> Step:
         if (rows, padded) not in self._steps:
             # A recording reads the table of positions where it lay, even after a longer one has replaced it.

@@ -1,6 +1,5 @@
 """`LLM`: the whole of loraserve in a Python process, without a server."""
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from loraserve.base.load import load_base
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Generation, Service
 from loraserve.engine.text import TokenLogprob
-from loraserve.errors import InvalidRequest, QueueFull
+from loraserve.errors import InvalidRequest
 from loraserve.lora.spec import format_spec, parse_spec
 from loraserve.registry import Registry
 
@@ -101,27 +100,12 @@ class LLM:
             raise InvalidRequest(f"{len(texts)} prompts need as many adapters, not {len(specs)}", param="adapter")
         sampling = sampling or SamplingParams(max_tokens=64, temperature=0.0)
         parsed = [parse_spec(spec) for spec in specs]
-        generations: deque[Generation] = deque()
-        completions: list[Completion] = []
-
-        def collect_next() -> None:
-            completions.append(_collect(generations[0], format_spec(parsed[len(completions)])))
-            generations.popleft()
-
+        generations: list[Generation] = []
         try:
             for text, spec in zip(texts, parsed, strict=True):
                 ids = self.service.encode(text) if isinstance(text, str) else text
-                while True:
-                    try:
-                        generations.append(self.service.generate(ids, spec, sampling))
-                        break
-                    except QueueFull:
-                        if not generations:
-                            raise
-                    collect_next()  # makes room; a call may name more adapters than fit at once
-            while generations:
-                collect_next()
-            return completions
+                generations.append(self.service.generate(ids, spec, sampling))
+            return [_collect(g, format_spec(spec)) for g, spec in zip(generations, parsed, strict=True)]
         except BaseException:
             for generation in generations:
                 generation.cancel()

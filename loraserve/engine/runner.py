@@ -98,6 +98,13 @@ class Runner:
         if self._graphs is not None:
             self._graphs.forget_adapters()
 
+    def forget(self, adapter: Adapter) -> None:
+        """Let go of one adapter, which nobody runs on any more."""
+        if adapter in self._stacked:
+            self._stacked, self._stack = {}, AdapterStack([])
+        if self._graphs is not None:
+            self._graphs.forget(adapter)
+
     def _lora_batch(self, chunks: list[Chunk]) -> LoraBatch | None:
         active = dict.fromkeys(adapter for chunk in chunks for adapter, weight in chunk.sequence.adapters if weight)
         if not active:

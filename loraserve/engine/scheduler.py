@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from loraserve.engine.sequence import Sequence
 from loraserve.engine.slots import Copy, Slots
 
-MAX_PASSED_OVER = 64
-"""Sequences that may overtake one whose adapters do not fit; then everybody waits until they do."""
+PATIENCE = 2.0
+"""Seconds for which others may overtake a sequence whose adapters are missing or too many; then everybody waits."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,14 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """Admit what fits and return the chunks of the next step: first those that decode, then prompts."""
+    def schedule(self, now: float) -> list[Chunk]:
+        """Admit what fits and return the chunks of the next step: first those that decode, then prompts.
+
+        Args:
+            now: seconds, of any clock that only goes forward.
+        """
         self.copies = []
-        self._admit()
+        self._admit(now)
         decoding = [s for s in self.running if s.num_computed == s.num_tokens - 1]
         chunks = [Chunk(s, s.num_computed, 1) for s in decoding]
         budget = max(self._max_batched_tokens - len(chunks), 0)
@@ -81,21 +85,32 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         active = {id(adapter) for s in self.running for adapter, _ in s.adapters}
         passed_over: deque[Sequence] = deque()
         while self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting.popleft()
-            wanted = active | {id(adapter) for adapter, _ in sequence.adapters}
-            if len(wanted) > self._max_adapters and self.running:
-                passed_over.append(sequence)  # later ones may use adapters that are active already
-                if sequence.overtaken >= MAX_PASSED_OVER:
+            if not self._equip(sequence, active):
+                passed_over.append(sequence)  # later ones may need none, or some that are here
+                sequence.turn = now if sequence.turn is None else sequence.turn
+                if now - sequence.turn >= PATIENCE:
                     break
                 continue
-            for earlier in passed_over:
-                earlier.overtaken += 1
-            active = wanted
+            active |= {id(adapter) for adapter, _ in sequence.adapters}
             if copy := self._slots.take(sequence):
                 self.copies.append(copy)
             self.running.append(sequence)
         self.waiting.extendleft(reversed(passed_over))
+
+    def _equip(self, sequence: Sequence, active: set[int]) -> bool:
+        """Whether a sequence has its adapters, and they fit beside the active ones; it holds them then."""
+        adapters = sequence.adapters if sequence.lease is None else sequence.lease.peek()
+        if adapters is None:
+            return False
+        if self.running and len(active | {id(adapter) for adapter, _ in adapters}) > self._max_adapters:
+            return False
+        if sequence.lease is not None:
+            taken = sequence.lease.take()
+            sequence.adapters = taken or ()
+            return taken is not None
+        return True

@@ -1,10 +1,31 @@
 """One request on its way through the engine. Speaks token ids only; knows no torch and no text."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from loraserve.engine.params import SamplingParams
+from loraserve.errors import LoraserveError
+
+Weighted = tuple[tuple[Any, float], ...]
+"""(adapter, weight) pairs; the engine only compares the adapters by identity and passes them on."""
+
+
+class Lease(Protocol):
+    """A claim on adapters that may still be on their way."""
+
+    def join(self, on_failure: Callable[[LoraserveError], None]) -> None:
+        """Begin to wait for them."""
+
+    def peek(self) -> Weighted | None:
+        """The adapters, None while one is missing."""
+
+    def take(self) -> Weighted | None:
+        """The same, which stay from now on."""
+
+    def release(self) -> None:
+        """Let go of them."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +43,16 @@ class Token:
 class Sequence:
     """A request's state.
 
-    `adapters` holds (adapter, weight) pairs; the engine only compares the objects by identity and passes them on.
+    With a `lease` its `adapters` are known from admission to the end, else from the start.
     """
 
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
-    adapters: tuple[tuple[Any, float], ...] = ()
+    adapters: Weighted = ()
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
+    lease: Lease | None = None
     merged: Any = None
     """The merged adapter whose model computes it, from the first token to the last; None is the base's model."""
     output_token_ids: list[int] = field(default_factory=list)
@@ -41,8 +63,8 @@ class Sequence:
     slot: int = -1
     """The cache slot it owns while running."""
     aborted: bool = False
-    overtaken: int = 0
-    """Later sequences that were admitted before it."""
+    turn: float | None = None
+    """When it would first have been admitted, but for its adapters."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)

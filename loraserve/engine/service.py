@@ -1,7 +1,7 @@
 """One base and its adapters, answering requests: the engine behind `LLM`, the server and the terminal chat.
 
-Callers may be many threads; each gets a `Generation` to iterate. Everything that can be refused is refused in
-`generate`, before anything is queued.
+Callers may be many threads; each gets a `Generation` to iterate. What can be refused is refused in `generate`, before
+anything is queued; only a fault in an adapter's weights shows when they are loaded, and fails that request.
 """
 
 import itertools
@@ -112,7 +112,7 @@ class Service:
         max_num_seqs: requests that run at once.
         max_queue: requests that may wait beyond those.
         kv_memory: bytes for keys and values; lowers `max_num_seqs` to what fits.
-        adapter_memory: bytes for adapters on the device; a request for one more than fits is told to come back.
+        adapter_memory: bytes for adapters on the device; a request waits until its own are among them.
         prefix_memory: bytes for keys and values of requests that have ended, beyond the free part of those for running
             ones; 0 turns the sharing of prefixes off.
         deterministic: a request's tokens do not depend on what else is in the batch, bit for bit.
@@ -161,6 +161,8 @@ class Service:
         scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS)
         self._engine = Engine(Runner(base.model, cache, base.int8, deterministic), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
+        self.adapters.on_change = lambda: self._worker.post(self._engine.wake)
+        self.adapters.on_evict = lambda adapter: self._worker.post(lambda: self._engine.forget(adapter))
         self.merges = HotMerges(base, registry, merge_memory, self._worker.call)
         self._seed = seed
         self._numbers = itertools.count(1)
@@ -198,12 +200,15 @@ class Service:
             spec: the adapters, see `parse_spec`; () is the base.
 
         Raises:
-            AdapterNotFound, AdapterRefused: an adapter of the SPEC cannot be used.
+            AdapterNotFound, AdapterRefused: an adapter of the SPEC cannot be used, as far as can be told without its
+                weights; what their load reveals comes from iterating the Generation.
             ContextLengthExceeded: prompt and max_tokens do not fit `max_model_len`.
-            InvalidRequest: an empty prompt, or a token id the base does not have.
+            InvalidRequest: an empty prompt, a token id the base does not have, or adapters larger than the memory for
+                them.
             QueueFull, NotReady: not now.
         """
         sequence = self._sequence(prompt_token_ids, spec, params)
+        sequence.lease = None if sequence.merged else self.adapters.lease(spec)
         outbox = self._worker.submit(sequence)
         text = TextStream(self.base.tokenizer, params.stop, params.logprobs is not None)
         return Generation(self._worker, sequence, outbox, text)
@@ -214,22 +219,39 @@ class Service:
 
         def run() -> Tensor:
             attention = PackedAttention([len(token_ids)], self.base.device)
-            stack = AdapterStack([adapter.weights for adapter, _ in sequence.adapters])
-            entries = [(slot, weight) for slot, (_, weight) in enumerate(sequence.adapters)]
+            stack = AdapterStack([adapter.weights for adapter, _ in held])
+            entries = [(slot, weight) for slot, (_, weight) in enumerate(held)]
             lora = LoraBatch.from_segments(stack, [(len(token_ids), entries)], self.base.device)
             ids = torch.tensor(token_ids, device=self.base.device)
             model = sequence.merged.model if sequence.merged else self.base.model
             with torch.inference_mode():
                 return model(ids, attention.positions, attention, lora).float()
 
-        return self._worker.call(run)
+        with self.adapters.hold(() if sequence.merged else spec) as held:
+            return self._worker.call(run)
 
     def loaded(self) -> list[str]:
         """Names of the adapters that are in the device's memory."""
         return self.adapters.names()
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether an adapter is in the device's memory."""
+        return self.adapters.has(name)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether an adapter is kept there."""
+        return name in self.adapters.pinned()
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device's memory and keep it there; raises as `AdapterCache.pin` does."""
+        self.adapters.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be dropped like any other."""
+        self.adapters.unpin(name)
+
     def unload(self, name: str) -> bool:
-        """Drop an adapter's device copy and its merge; requests that run on them end undisturbed."""
+        """Drop an adapter's copies in memory, its pin and its merge; requests that run on it end undisturbed."""
         merged, loaded = self.merges.drop(name), self.adapters.drop(name)
         return merged or loaded
 
@@ -258,7 +280,13 @@ class Service:
             "prefix_shared_tokens_total": self._slots.num_shared_tokens,
             "prefix_slots_held": self._slots.num_held,
             "adapters_loaded": len(self.adapters.names()),
+            "adapters_pinned": len(self.adapters.pinned()),
+            "adapters_waiting": self.adapters.num_waiting,
             "adapter_bytes": self.adapters.num_bytes,
+            "adapter_host_bytes": self.adapters.host_bytes,
+            "adapter_loads_total": self.adapters.num_loads,
+            "adapter_load_seconds_total": self.adapters.load_seconds,
+            "adapter_evictions_total": self.adapters.num_evictions,
             "adapters_merged": len(self.merges.current()),
             "merged_bytes": self.merges.num_bytes,
         }
@@ -287,7 +315,6 @@ class Service:
             prompt_token_ids=list(prompt),
             params=params,
             max_tokens=params.max_tokens or room,
-            adapters=() if merged else tuple((a, w) for a, w in self.adapters.resolve(spec) if w),
             stop_ids=eos | frozenset(params.stop_token_ids),
             seed=seed,
             merged=merged,

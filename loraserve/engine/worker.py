@@ -83,8 +83,22 @@ class Worker:
                 raise QueueFull(f"all {self._max_requests} places are taken; try again in a moment")
             self._outboxes[sequence] = outbox
             self.num_submitted += 1
-        self._inbox.put(lambda: self._engine.add(sequence))
+            if sequence.lease is not None:  # with the lock held, so that adapters come in the order of the queue
+                sequence.lease.join(lambda error: self.fail(sequence, error))
+            self._inbox.put(lambda: self._engine.add(sequence))
         return outbox
+
+    def fail(self, sequence: Sequence, error: LoraserveError) -> None:
+        """End a sequence by an error of its own. Harmless if it has ended."""
+        with self._lock:
+            outbox = self._outboxes.pop(sequence, None)
+        if outbox is not None:
+            self._inbox.put(lambda: self._engine.abort(sequence))
+            outbox.put(error)
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Let the engine's thread run `function` between two steps, and do not wait for it. Must not raise."""
+        self._inbox.put(function)
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence; nothing more arrives in its queue. Harmless if it has ended."""
@@ -153,8 +167,10 @@ class Worker:
         with self._lock:
             self._failure = reason
             waiting, self._outboxes = self._outboxes, {}
-        for outbox in waiting.values():
+        for sequence, outbox in waiting.items():
             outbox.put(NotReady(reason))
+            if sequence.lease is not None:
+                sequence.lease.release()
         while not self._inbox.empty():  # calls that came too late must not wait for ever
             command = self._inbox.get()
             if isinstance(command, _Call):

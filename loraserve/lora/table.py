@@ -53,7 +53,7 @@ class AdapterTable:
         # Adapters that left may come back; but nobody's memory is held for long, or when a slot is wanted.
         if len(missing) > len(self._free) or len(self._slots) + len(missing) > 2 * len(active):
             for adapter in self._slots.keys() - set(active):
-                self._drop(adapter)
+                self.drop(adapter)
         for adapter in missing:
             self._write(adapter)
         highest = max((weight.r for adapter in missing for weight in adapter.weights.values()), default=0)
@@ -83,7 +83,13 @@ class AdapterTable:
     def forget(self) -> None:
         """Let go of all adapters."""
         for adapter in list(self._slots):
-            self._drop(adapter)
+            self.drop(adapter)
+
+    def drop(self, adapter: Adapter) -> None:
+        """Let go of one adapter, if it is here; no step may name it."""
+        if adapter in self._slots:
+            self._free.append(self._slots.pop(adapter))  # its cells are not read: no entry names the slot
+            del self._kept[adapter]
 
     def deltas(self, targets: tuple[str, ...], widths: Sequence[int]) -> Deltas:
         """What the table's adapters do to layers of one input."""
@@ -102,10 +108,6 @@ class AdapterTable:
             kept.append(tensors)
         slot = self._slots[adapter] = self._free.pop()
         self._cells[slot].copy_(row, non_blocking=True)
-
-    def _drop(self, adapter: Adapter) -> None:
-        self._free.append(self._slots.pop(adapter))  # its cells are not read: no entry names the slot
-        del self._kept[adapter]
 
 
 class _Fixed:

@@ -193,6 +193,13 @@ def state_of(path: Path | str) -> State | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def listed(numbers: list[int]) -> str:
+    """Version numbers in words."""
+    if not numbers:
+        return "no versions, it was never published"
+    return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
 def _plain_files(folder: Path) -> list[Path]:
     files = [entry for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink()]
     return sorted(entry for entry in files if not entry.name.startswith("."))

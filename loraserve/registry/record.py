@@ -75,3 +75,25 @@ def read_record(name: str, folder: AdapterFolder, number: int, shapes: Shapes | 
         size_bytes=scan.size_bytes,
         warnings=scan.warnings,
     )
+
+
+class Findings:
+    """What was found of adapters, each for as long as its files have the same signature."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[object, Record | AdapterRefused]] = {}
+
+    def recall(self, name: str, signature: object) -> Record | AdapterRefused | None:
+        """The finding; None if there is none of these files."""
+        known = self._known.get(name)
+        return known[1] if known is not None and known[0] == signature else None
+
+    def refuses(self, name: str) -> bool:
+        """Whether the last finding was a refusal, be it of these files or of others."""
+        return name in self._known and isinstance(self._known[name][1], AdapterRefused)
+
+    def keep(self, name: str, signature: object, finding: Record | AdapterRefused) -> None:
+        self._known[name] = signature, finding
+
+    def forget(self, name: str) -> None:
+        self._known.pop(name, None)

@@ -8,7 +8,7 @@ allowlist and symlinks are not followed, so nothing outside the directory is rea
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,15 @@ from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidR
 from loraserve.lora.adapter import Adapter, Shapes, find_size_problems, find_value_problems
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.files import copy_file, write_file
-from loraserve.lora.peft import read_adapter, write_adapter
-from loraserve.lora.spec import BASE, NAME_PATTERN, Spec, check_name, parse_spec
+from loraserve.lora.peft import write_adapter
+from loraserve.lora.spec import Spec, check_name, parse_spec
 from loraserve.registry.adopt import adopt_dropped, seal, settle
 from loraserve.registry.fit import Fit
-from loraserve.registry.folder import WATCHED, AdapterFolder, is_adapter
+from loraserve.registry.folder import WATCHED, AdapterFolder, listed
+from loraserve.registry.listing import iterate_names, may_name
 from loraserve.registry.manifest import MANIFEST_FILE, Manifest
-from loraserve.registry.record import Record, read_record
+from loraserve.registry.record import Findings, Record, read_record
+from loraserve.registry.sound import SoundFiles
 from loraserve.registry.sources import blend_of, export_to, import_to
 from loraserve.registry.staging import Staging
 from loraserve.registry.verify import Problem, find_problems_of, find_strays
@@ -54,24 +56,27 @@ class Registry:
         self.shapes = shapes
         self.fingerprint = fingerprint
         self._fit = Fit(shapes, fingerprint, allow_base_mismatch)
-        self._records: dict[str, Record] = {}
+        self._findings = Findings()
+        self._sound = SoundFiles()
         self._staging = Staging(self.root)
 
     def names(self) -> list[str]:
         """Every adapter's name, in order. One or two stat calls each, no file is opened."""
-        try:
-            entries = os.scandir(self.root)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        with entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if NAME_PATTERN.fullmatch(entry.name)
-                and entry.name != BASE
-                and entry.is_dir(follow_symlinks=False)
-                and is_adapter(entry.path)
-            )
+        return list(self.iterate())
+
+    def iterate(self, after: str = "", query: str = "") -> Iterator[str]:
+        """The names that come after one and contain a text, in order, each looked for only when it is its turn."""
+        return iterate_names(self.root, after, query)
+
+    def has(self, name: str) -> bool:
+        """Whether there is an adapter of that name, whatever it is worth; never raises."""
+        return may_name(name) and AdapterFolder(self.root / name).signature() is not None
+
+    def is_refused(self, name: str) -> bool:
+        """Whether a directory that was dropped in is known to be no adapter; False as long as nobody has asked."""
+        return self._findings.refuses(name) and isinstance(
+            self._findings.recall(name, self._folder(name).signature()), AdapterRefused
+        )
 
     def get(self, name: str) -> Record:
         """The current version of an adapter; a few stat calls while its files are untouched.
@@ -84,10 +89,11 @@ class Registry:
         folder = self._folder(name)
         signature = folder.signature()
         if signature is None:
-            self._records.pop(name, None)
+            self._findings.forget(name)
             raise self._not_found(name)
-        known = self._records.get(name)
-        if known is not None and known.signature == signature:
+        if (known := self._findings.recall(name, signature)) is not None:
+            if isinstance(known, AdapterRefused):
+                raise AdapterRefused(name, known.problems)
             return known
         warning, settled = None, True
         if folder.current() is not None and not folder.in_step():
@@ -97,14 +103,20 @@ class Registry:
             except (Conflict, StorageError) as error:
                 warning, settled = str(error), False
             signature = folder.signature() or ()
-        record = read_record(name, folder, folder.current() or 0, self.shapes)
-        problems, doubts = self._fit.compare(record.manifest)
-        if problems:
-            raise AdapterRefused(name, problems)
+        current = folder.current() or 0
+        try:
+            record = read_record(name, folder, current, self.shapes)
+            problems, doubts = self._fit.compare(record.manifest)
+            if problems:
+                raise AdapterRefused(name, problems)
+        except AdapterRefused as refusal:
+            if not current:  # the signature covers all that was read
+                self._findings.keep(name, signature, refusal)
+            raise
         doubts += [warning] if warning else []
         record = replace(record, warnings=record.warnings + doubts, signature=signature)
         if settled:
-            self._records[name] = record
+            self._findings.keep(name, signature, record)
         return record
 
     def load(self, name: str) -> Adapter:
@@ -117,7 +129,8 @@ class Registry:
         while True:
             record = self.get(name)
             try:
-                return read_adapter(record.path, name, self.shapes, record.manifest.sha256)[0]
+                if (adapter := self._sound.read(record, self.shapes)) is not None:
+                    return adapter
             except AdapterRefused:
                 if self.get(name).signature == record.signature:  # else its files changed while they were read
                     raise
@@ -204,7 +217,7 @@ class Registry:
         with self._staging.locked(f"remove adapter {name!r}"):
             os.rename(self._existing(name).path, self._staging.place(name))  # gone at once; the rest is cleaning up
             self._staging.clean()
-        self._records.pop(name, None)
+        self._findings.forget(name)
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter with all its versions another name. Raises Conflict if the new one is taken."""
@@ -215,7 +228,7 @@ class Registry:
             if os.path.lexists(self.root / new):
                 raise Conflict(f"cannot rename {old!r} to {new!r}: {self.root / new} exists")
             os.rename(folder.path, self.root / new)
-        self._records.pop(old, None)
+        self._findings.forget(old)
 
     def history(self, name: str) -> list[Record]:
         """Every readable version, the oldest first; for a directory that was dropped in, that alone as version 0."""
@@ -248,7 +261,7 @@ class Registry:
                 version = max((n for n in numbers if current is None or n < current), default=None)
             if version is None or version not in numbers:
                 wanted = str(version) if version is not None else f"older than {current or 'this'}"
-                raise VersionNotFound(wanted, hint=f"adapter {name!r} has {_listed(numbers)}")
+                raise VersionNotFound(wanted, hint=f"adapter {name!r} has {listed(numbers)}")
             self._fit.check(folder.version_path(version), name)
             folder.switch(version)
         return self.get(name)
@@ -301,9 +314,3 @@ class Registry:
     def _not_found(self, name: str) -> AdapterNotFound:
         names = self.names()
         return AdapterNotFound(name, names, hint="" if names else f"there are no adapters in {self.root}")
-
-
-def _listed(numbers: list[int]) -> str:
-    if not numbers:
-        return "no versions, it was never published"
-    return f"version{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

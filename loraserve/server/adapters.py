@@ -1,4 +1,4 @@
-"""The adapters by HTTP: list, describe, upload, remove, merge, and vLLM's load and unload.
+"""The adapters by HTTP: list, describe, upload, pin, remove, merge, and vLLM's load and unload.
 
 An upload is a multipart form with `adapter_config.json`, one `.safetensors` file, and the field `name`; a
 `loraserve.json` may tell where the adapter comes from. Whatever is refused leaves the registry as it was. Unloading
@@ -18,24 +18,41 @@ from werkzeug.exceptions import Forbidden, UnsupportedMediaType
 from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidRequest, LoraserveError
 from loraserve.lora.spec import check_name
 from loraserve.registry import Record
-from loraserve.server.schema import LoadAdapter, UnloadAdapter, parse
+from loraserve.server.paging import cut, envelope, limit_of
+from loraserve.server.schema import LoadAdapter, PatchAdapter, UnloadAdapter, parse
 from loraserve.server.state import State, current
 
 routes = Blueprint("adapters", __name__)
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "loraserve.json"
 UPLOAD_LIMIT = "MAX_UPLOAD_BYTES"
+PAGE = 100
+"""Entries of the list, where no limit is asked for."""
 
 
 @routes.get("/v1/adapters")
 def list_adapters() -> Response:
-    state = current()
-    return jsonify(object="list", data=[_entry(state, name) for name in state.names()])
+    """A page of them; `q` keeps those with that text in their names."""
+    state, args = current(), request.args
+    names, has_more = cut(state.names(args.get("after", ""), args.get("q", "")), limit_of(request, PAGE))
+    return jsonify(envelope([_entry(state, name) for name in names], has_more))
 
 
 @routes.get("/v1/adapters/<path:name>")
 def show_adapter(name: str) -> Response:
     state = current()
     _find(state, name)
+    return jsonify(_describe(state, state.registry.get(name)))
+
+
+@routes.patch("/v1/adapters/<path:name>")
+def pin_adapter(name: str) -> Response:
+    """Keep an adapter in memory until the server ends, or let it go like any other."""
+    state, body = current(), parse(request, PatchAdapter)
+    _find(state, name)
+    if body.pinned:
+        state.service.pin(name)
+    else:
+        state.service.unpin(name)
     return jsonify(_describe(state, state.registry.get(name)))
 
 
@@ -65,8 +82,8 @@ def upload_adapter() -> tuple[Response, int]:
 def remove_adapter(name: str) -> Response:
     state = current()
     check_name(name)
-    if name not in (known := state.registry.names()):  # one taken out of service can be removed too
-        raise AdapterNotFound(name, known)
+    if not state.registry.has(name):  # one taken out of service can be removed too
+        raise AdapterNotFound(name, state.registry.iterate())
     state.registry.remove(name)
     state.service.unload(name)
     state.unloaded.discard(name)
@@ -121,9 +138,8 @@ def unload_adapter() -> Response:
 
 def _find(state: State, name: str, param: str | None = None) -> None:
     check_name(name, param=param)
-    names = state.names()
-    if name not in names:
-        raise AdapterNotFound(name, names, param=param)
+    if not state.has(name):
+        raise AdapterNotFound(name, state.names(), param=param)
 
 
 def _free_name(state: State, name: str | None, param: str, *, replace: bool) -> str:
@@ -132,7 +148,7 @@ def _free_name(state: State, name: str | None, param: str, *, replace: bool) -> 
     check_name(name, param=param)
     if name == state.base_name:
         raise Conflict(f"{name!r} is the base's name; choose another", param=param)
-    if name in state.registry.names() and not replace:
+    if state.registry.has(name) and not replace:
         flag = "load_inplace" if param == "lora_name" else "replace"
         raise Conflict(f"adapter {name!r} exists already; {flag}=true makes this its new version", param=param)
     return name
@@ -192,7 +208,8 @@ def _describe(state: State, record: Record) -> dict[str, Any]:
         "id": record.name,
         "object": "adapter",
         "status": "ready",
-        "loaded": record.name in state.service.loaded(),
+        "loaded": state.service.is_loaded(record.name),
+        "pinned": state.service.is_pinned(record.name),
         "merged": merged is not None,
         "merged_bytes": merged.num_bytes if merged else 0,
         "version": record.version,

@@ -210,6 +210,10 @@ class LoadAdapter(Body):
     load_inplace: bool = False
 
 
+class PatchAdapter(Body):
+    pinned: bool
+
+
 class UnloadAdapter(Body):
     lora_name: str
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flask import current_app
@@ -41,9 +41,13 @@ class State:
     def registry(self) -> Registry:
         return self.service.registry
 
-    def names(self) -> list[str]:
-        """The adapters in service."""
-        return [name for name in self.registry.names() if name not in self.unloaded]
+    def names(self, after: str = "", query: str = "") -> Iterator[str]:
+        """The adapters in service, in order; see `Registry.iterate`."""
+        return (name for name in self.registry.iterate(after, query) if name not in self.unloaded)
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter is in service."""
+        return name not in self.unloaded and self.registry.has(name)
 
     def select(self, model: str | None, adapter: Spec | None) -> Selection:
         """Decide the adapters of a request; see `selection.select`. Unloaded ones are unknown."""
@@ -54,7 +58,7 @@ class State:
 
     def unknown(self, selection: Selection) -> NotFound:
         """The error for a selection with an adapter that is not there, put to the field that named it."""
-        known = self.names()
+        known = list(self.names())
         missing = next((term.name for term in selection.spec if term.name not in known), selection.spec[0].name)
         hint = _listing(known)
         if selection.param == "model":

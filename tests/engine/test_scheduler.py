@@ -1,17 +1,41 @@
 """Scheduling is bookkeeping: checked without a model."""
 
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.scheduler import MAX_PASSED_OVER, Scheduler
-from loraserve.engine.sequence import Sequence
+from loraserve.engine.scheduler import PATIENCE, Scheduler
+from loraserve.engine.sequence import Sequence, Weighted
 from loraserve.engine.slots import Slots
+
+
+class Lease:
+    """Adapters that come when the test says so."""
+
+    def __init__(self, *adapters: object) -> None:
+        self.adapters: Weighted = tuple((a, 1.0) for a in adapters)
+        self.here = self.taken = False
+
+    def join(self, on_failure: object) -> None: ...
+
+    def peek(self) -> Weighted | None:
+        return self.adapters if self.here else None
+
+    def take(self) -> Weighted | None:
+        self.taken = self.here
+        return self.peek()
+
+    def release(self) -> None: ...
 
 
 def sequence(length: int, *adapters: object) -> Sequence:
     return Sequence(list(range(length)), SamplingParams(), 50, adapters=tuple((a, 1.0) for a in adapters))
 
 
-def advance(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:
-    chunks = scheduler.schedule()
+def leasing(length: int, *adapters: object) -> tuple[Sequence, Lease]:
+    lease = Lease(*adapters)
+    return Sequence(list(range(length)), SamplingParams(), 50, lease=lease), lease
+
+
+def advance(scheduler: Scheduler, now: float = 0.0) -> list[tuple[Sequence, int, int]]:
+    chunks = scheduler.schedule(now)
     for chunk in chunks:
         samples = chunk.samples
         chunk.sequence.num_computed += chunk.count
@@ -67,23 +91,56 @@ def test_tokens_cross_from_prompt_to_answer() -> None:
     assert s.tokens(0, 7) == [0, 1, 2, 3, 90, 91, 92]
 
 
-def test_passed_over_request_is_not_overtaken_for_ever() -> None:
+def test_who_waits_for_an_adapter_slot_is_overtaken_for_a_bounded_time() -> None:
     scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=1)
     one, two = object(), object()
     running = sequence(2, one)
     scheduler.add(running)
-    advance(scheduler)
+    advance(scheduler, 100.0)
     patient = sequence(2, two)
     scheduler.add(patient)
-    overtakers = 0
-    while overtakers < 10 * MAX_PASSED_OVER:
+    times = [100.0 + 0.1 * i for i in range(100)]
+    overtaken = []
+    for now in times:
         scheduler.add(following := sequence(2, one))
-        advance(scheduler)
+        advance(scheduler, now)
         if following.slot < 0:  # the running one is not replaced any more, so it will end and `patient` is next
             break
         scheduler.release(running)
         running = following
-        overtakers += 1
-    assert overtakers == MAX_PASSED_OVER
+        overtaken.append(now)
+    assert overtaken == [now for now in times if now < 100.0 + PATIENCE]
     scheduler.release(running)
-    assert patient in [s for s, _, _ in advance(scheduler)]
+    assert patient in [s for s, _, _ in advance(scheduler, now)]
+
+
+def test_who_waits_for_a_load_is_overtaken_for_a_bounded_time_from_its_turn_on() -> None:
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=4)
+    first, second = sequence(2), sequence(2)
+    loading, lease = leasing(2, object())
+    for s in (first, second, loading):
+        scheduler.add(s)
+    advance(scheduler, 0.0)
+    advance(scheduler, 10.0)
+    scheduler.release(first)  # only now there is a place, so only now is it its turn
+    scheduler.add(early := sequence(2))
+    advance(scheduler, 10.0)
+    assert early.slot >= 0 and loading.slot < 0
+    scheduler.release(second)
+    scheduler.add(late := sequence(2))
+    advance(scheduler, 10.0 + PATIENCE)
+    assert late.slot < 0, "nobody overtakes any more"
+    lease.here = True
+    advance(scheduler, 11.0 + PATIENCE)
+    assert loading.slot >= 0 and lease.taken and loading.adapters == lease.adapters
+
+
+def test_adapters_are_held_only_by_who_is_admitted() -> None:
+    scheduler = Scheduler(slots=Slots(4, share_prefixes=False), max_running=4, max_batched_tokens=100, max_adapters=1)
+    one, two = object(), object()
+    (first, a), (second, b), (same, c) = leasing(2, one), leasing(2, two), leasing(2, one)
+    for s, lease in ((first, a), (second, b), (same, c)):
+        lease.here = True
+        scheduler.add(s)
+    assert [s for s, _, _ in advance(scheduler)] == [first, same]
+    assert (a.taken, b.taken, c.taken) == (True, False, True)

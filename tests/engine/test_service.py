@@ -118,26 +118,6 @@ def test_request_that_overflows_fails_alone_and_leaves_a_clean_slot(base, overfl
         service.stop()
 
 
-def test_adapters_of_requests_in_flight_are_counted(base, registry) -> None:
-    size = registry.load("b").num_bytes
-    service = Service(base, registry, max_model_len=2048, adapter_memory=size)
-    service.start()
-    try:
-        running = service.generate([5], parse_spec("b"), SamplingParams(max_tokens=2000, ignore_eos=True))
-        next(running)
-        with pytest.raises(QueueFull, match="adapter-memory"):
-            service.generate([5], parse_spec("a"), ENDLESS)
-        assert list(service.generate([5], (), SamplingParams(max_tokens=2))), "the base needs no room"
-        running.cancel()
-        del running
-        service.logits([5])
-        assert service.logits([5], parse_spec("a")).isfinite().all()
-        assert service.loaded() == ["a"]
-        assert service.stats()["adapter_bytes"] < size
-    finally:
-        service.stop()
-
-
 def test_blend_larger_than_the_memory_for_adapters_is_refused_for_good(base, registry) -> None:
     service = Service(base, registry, adapter_memory=registry.load("b").num_bytes)
     with pytest.raises(InvalidRequest, match="blend fewer, or raise --adapter-memory"):

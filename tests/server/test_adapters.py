@@ -13,6 +13,7 @@ from werkzeug.test import TestResponse
 
 from loraserve.base.load import Base
 from loraserve.engine.service import Service
+from loraserve.registry import Registry
 from loraserve.server import create_app
 from tests.server.conftest import CHAINS, text_of, write_adapter
 from tests.server.test_bad_requests import expect
@@ -82,6 +83,98 @@ def test_a_broken_adapter_is_listed_with_its_problems_and_not_as_a_model(
     assert entry["status"] == "refused" and entry["problems"]
     assert "broken" not in [model["id"] for model in client.get("/v1/models").json["data"]]
     assert expect(ask(client, "broken"), 422, "adapter_refused", None)["problems"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_that_only_the_load_reveals_has_its_status(
+    client: FlaskClient, service: Service, base: Base, stream: bool
+) -> None:
+    size = base.config.vocab_size
+    spoilt = {"base_model.model.lm_head.lora_A.weight": torch.full((1, size), float("nan"))}
+    write_adapter(service.registry.root / "spoilt", base, CHAINS["pirate"][0], **spoilt)
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, "n": 2}
+    for spec in ("spoilt", "poet:0.5+spoilt:0.5"):
+        response = client.post("/v1/chat/completions", json={**body, "adapter": spec})
+        assert expect(response, 422, "adapter_refused", None, "NaN")["problems"]
+    expect(client.patch("/v1/adapters/spoilt", json={"pinned": True}), 422, "adapter_refused", None, "NaN")
+    assert says(client, "poet") == text_of("poet")
+
+
+def test_an_adapter_is_pinned_and_let_go(client: FlaskClient, service: Service) -> None:
+    assert not client.get("/v1/adapters/poet").json["pinned"]
+    entry = client.patch("/v1/adapters/poet", json={"pinned": True}).json
+    assert (entry["id"], entry["pinned"], entry["loaded"]) == ("poet", True, True)
+    assert [e["id"] for e in client.get("/v1/adapters").json["data"] if e["pinned"]] == ["poet"]
+    assert service.stats()["adapters_pinned"] == 1
+    assert not client.patch("/v1/adapters/poet", json={"pinned": False}).json["pinned"]
+    expect(client.patch("/v1/adapters/poet", json={}), 400, "invalid_request", "pinned")
+    expect(client.patch("/v1/adapters/poet", json={"pinned": "yes"}), 400, "invalid_request", "pinned")
+    expect(client.patch("/v1/adapters/priate", json={"pinned": True}), 404, "adapter_not_found", None, "'pirate'")
+    client.patch("/v1/adapters/poet", json={"pinned": True})
+    assert client.delete("/v1/adapters/poet").status_code == 200 and service.stats()["adapters_pinned"] == 0
+
+
+def test_an_adapter_larger_than_the_memory_for_adapters_is_refused(make_service: Callable[..., Service]) -> None:
+    client = create_app(make_service(adapter_memory=1000)).test_client()
+    expect(ask(client, "poet"), 400, "invalid_request", "adapter", "--adapter-memory")
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/models"])
+def test_lists_come_by_pages(client: FlaskClient, path: str) -> None:
+    wanted = ["tiny"] * (path == "/v1/models") + NAMES
+    whole = client.get(path).json
+    assert [entry["id"] for entry in whole["data"]] == wanted and not whole["has_more"]
+    found, after = [], ""
+    while True:
+        page = client.get(path, query_string={"limit": 2, **({"after": after} if after else {})}).json
+        ids = [entry["id"] for entry in page["data"]]
+        assert (page["object"], page["first_id"], page["last_id"]) == ("list", ids[0], ids[-1]) and len(ids) <= 2
+        found += ids
+        after = ids[-1]
+        if not page["has_more"]:
+            break
+    assert found == wanted
+    assert client.get(path, query_string={"after": wanted[-1]}).json == {
+        "object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None,
+    }  # fmt: skip
+    assert client.get(path, query_string={"after": "poer"}).json["first_id"] == "poet", "one that is not there, too"
+    for limit in ("0", "-1", "x", "1001", "", "1e2", "٣", "9" * 5000):
+        expect(client.get(path, query_string={"limit": limit}), 400, "invalid_request", "limit")
+
+
+def test_a_list_is_searched(client: FlaskClient) -> None:
+    def found(query: str) -> list[str]:
+        return [entry["id"] for entry in client.get("/v1/adapters", query_string={"q": query}).json["data"]]
+
+    assert found("IR") == ["pirate"] and found("e") == [n for n in NAMES if "e" in n] and found("zzz") == []
+    client.post("/v1/unload_lora_adapter", json={"lora_name": "pirate"})
+    assert found("ir") == []
+
+
+def test_thousands_of_adapters_are_listed_and_named_without_opening_their_files(
+    client: FlaskClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2000):
+        folder = service.registry.root / f"many-{i:05}"
+        folder.mkdir()
+        (folder / FILES[0]).write_text("{}")
+    says(client, "poet")
+    opened: list[str] = []
+    get = Registry.get
+    monkeypatch.setattr(Registry, "get", lambda self, name: opened.append(name) or get(self, name))
+    monkeypatch.setattr(Registry, "names", lambda self: pytest.fail("all were looked for"))
+    assert len(client.get("/v1/models").json["data"]) == 2001 + len(NAMES) and not opened
+    assert says(client, "poet") == text_of("poet") and opened == ["poet"]
+    assert len(client.get("/v1/adapters").json["data"]) == 100 and len(opened) == 101
+    looked: list[str] = []
+    monkeypatch.setattr(Registry, "iterate", lambda self, *args: looked.append("all") or iter(()))
+    client.get("/v1/adapters/poet")
+    client.get("/v1/models/poet")
+    client.patch("/v1/adapters/poet", json={"pinned": False})
+    client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
+    client.delete("/v1/adapters/pirate")
+    assert not looked
+    expect(client.get("/v1/adapters/many-0000x"), 404, "adapter_not_found", None)
 
 
 def test_an_upload_is_served_at_once(client: FlaskClient, second: Path) -> None:

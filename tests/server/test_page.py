@@ -235,3 +235,40 @@ def test_a_conversation_beyond_the_context_forgets_its_beginning(
     assert "left out" in page.page.locator(".stats").last.inner_text()
     page.context.close()
     live.close()
+
+
+def test_of_very_many_adapters_a_part_is_shown_and_a_filter_finds_the_others(
+    browser: Any, make_service: Callable[..., Service]
+) -> None:
+    service = make_service()
+    for i in range(150):
+        write_adapter(service.registry.root / f"many-{i:03}", service.base, CHAINS["poet" if i % 2 else "pirate"][0])
+    live = Live(create_app(service))
+    page = Page(browser, live.url, viewport={"width": 390, "height": 844})
+    shown = page.page.locator(".chip input")
+    page.page.wait_for_selector(".chip:has(input[value=many-000])")
+    assert shown.count() == 102 and "filter" in page.page.locator(".hint").inner_text(), "the base, a hundred, blending"
+    assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it fits a phone"
+    page.page.fill("#voice-filter", "Y-14")
+    page.page.wait_for_selector(".chip:has(input[value=many-149])")
+    assert shown.count() == 12 and page.page.locator(".hint").count() == 0
+    page.pick("many-141")
+    page.say("Who are you?")
+    assert page.last() == ("many-141", text_of("poet"))
+    page.page.fill("#voice-filter", "many-000")
+    page.page.wait_for_selector(".chip:has(input[value=many-000])")
+    assert page.page.locator(".chip input[value=many-141]").is_checked(), "whoever is picked stays on show"
+    page.pick("+")
+    for name, scale in (("many-000", "0.9"), ("many-141", "0.1")):
+        page.page.locator(f"#mixer input[data-adapter={name}]").fill(scale)
+    page.page.fill("#voice-filter", "nobody")
+    page.page.wait_for_timeout(500)
+    page.say("And now?")
+    assert page.last() == ("many-141:0.1+many-000:0.9", text_of("pirate"))
+    page.page.reload()
+    page.page.wait_for_selector("#status[data-state=ready]")
+    page.say("Still there?")
+    assert page.last() == ("many-141:0.1+many-000:0.9", text_of("pirate")), "a reload keeps those not on the page"
+    assert not page.errors
+    page.context.close()
+    live.close()

@@ -22,10 +22,19 @@ async function errorOf(response) {
   }
 }
 
-/** The base's card and the adapters. */
-export async function inventory() {
-  const [models, adapters] = await Promise.all([get("v1/models"), get("v1/adapters")]);
-  return { base: models.data.find((model) => model.parent === null), adapters: adapters.data };
+/**
+ * The base's card and a page of adapters.
+ * @param {string} query part of their names, or ""
+ * @param {string[]} wanted names to have in any case, whether the page has them or not
+ */
+export async function inventory(query, wanted) {
+  const [models, page] = await Promise.all([
+    get("v1/models?limit=1"),
+    get(`v1/adapters?limit=100&q=${encodeURIComponent(query)}`),
+  ]);
+  const missing = wanted.filter((name) => !page.data.some((adapter) => adapter.id === name));
+  const others = await Promise.all(missing.map((name) => get(`v1/adapters/${encodeURIComponent(name)}`).catch(() => null)));
+  return { base: models.data[0], adapters: [...others.filter(Boolean), ...page.data], more: page.has_more };
 }
 
 /**

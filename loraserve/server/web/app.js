@@ -2,7 +2,7 @@
 
 import { inventory } from "./api.js";
 import { clearChat, drawChat, isRunning, savedChat, send, startChat, stop } from "./chat.js";
-import { currentSpec, drawVoices, savedVoices, startVoices, updateVoices } from "./voices.js";
+import { currentFilter, currentSpec, drawVoices, savedVoices, startVoices, updateVoices, wantedVoices } from "./voices.js";
 import { drawing } from "./drawing.js";
 import { currentLanguage, say, setLanguage } from "./words.js";
 
@@ -49,14 +49,18 @@ function request() {
   };
 }
 
+let asked = 0;
+
 async function refresh() {
   const status = $("status");
+  const turn = ++asked;
   try {
-    const { base, adapters } = await inventory();
+    const { base, adapters, more } = await inventory(currentFilter(), wantedVoices());
+    if (turn !== asked) return; // somebody has typed on meanwhile
     $("base-name").textContent = base.id;
     status.title = `${base.id} · ${base.max_model_len} ${say("tokens")}`;
     status.dataset.state = "ready";
-    updateVoices(adapters);
+    updateVoices(adapters, more);
   } catch {
     status.dataset.state = "lost";
     status.title = say("unreachable");
@@ -122,7 +126,7 @@ function changeSettings(change) {
 
 setLanguage(saved.language ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en"));
 if (saved.theme) document.documentElement.dataset.theme = saved.theme;
-startVoices(saved.voices, save);
+startVoices(saved.voices, save, refresh);
 startChat(saved.messages, { request, changed: save, running: showRunning });
 drawWords();
 showSettings();

@@ -4,33 +4,57 @@ import { say } from "./words.js";
 
 const HUES = [290, 50, 175, 0, 245, 145, 85, 25, 325, 210]; // of oklch, where all are equally bright
 const FILTER_FROM = 9;
+const TYPING_MS = 200;
 const BLEND = "+";
 
 const nodes = Object.fromEntries(
-  ["voices", "blend", "mixer", "spec", "blend-filter", "composer"].map((id) => [id, document.getElementById(id)]),
+  ["voices", "voice-filter", "blend", "mixer", "spec", "composer"].map((id) => [id, document.getElementById(id)]),
 );
 
-let adapters = [];
+let adapters = []; // those on show: the first that match the filter, and whoever is picked
+let more = false; // there are others that match
+const hues = new Map(); // by name, in order of appearance
 let picked = "base"; // "base", an adapter's name, or BLEND
 let scales = {}; // of the blend
 let changed = () => {};
 
-/** Begin with what was picked last time; `onChange` is called whenever the pick changes. */
-export function startVoices(saved, onChange) {
+/** Begin with what was picked last time; `onChange` is called whenever the pick changes, `onFilter` with the filter. */
+export function startVoices(saved, onChange, onFilter) {
   picked = saved?.picked ?? "base";
   scales = saved?.scales ?? {};
   changed = onChange;
-  nodes["blend-filter"].addEventListener("input", drawMixer);
+  let typing;
+  nodes["voice-filter"].addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(onFilter, TYPING_MS);
+  });
+  nodes["voice-filter"].addEventListener("keydown", (event) => {
+    if (event.key === "Enter") event.preventDefault(); // it would send the message
+  });
+}
+
+/** What adapters' names must contain to be on show. */
+export function currentFilter() {
+  return nodes["voice-filter"].value.trim();
+}
+
+/** The names that must be on show, whatever the filter is. */
+export function wantedVoices() {
+  if (picked === BLEND) return Object.keys(scales).filter((name) => scales[name]);
+  return picked === "base" ? [] : [picked];
 }
 
 /** Take the server's list of adapters. Draws only what changed, so that an open mixer is not disturbed. */
-export function updateVoices(list) {
-  const before = JSON.stringify(adapters.map((a) => [a.id, a.status]));
+export function updateVoices(list, hasMore) {
+  const facts = (adapters) => JSON.stringify(adapters.map((a) => [a.id, a.status]));
+  const same = facts(adapters) === facts(list) && more === hasMore && nodes.voices.childElementCount;
   adapters = list;
+  more = hasMore;
+  for (const { id } of list) if (!hues.has(id)) hues.set(id, HUES[hues.size % HUES.length]);
   const usable = usableNames();
   if (picked !== "base" && picked !== BLEND && !usable.includes(picked)) pick("base");
-  if (picked === BLEND && usable.length < 2) pick("base");
-  if (before !== JSON.stringify(list.map((a) => [a.id, a.status])) || !nodes.voices.childElementCount) drawVoices();
+  if (picked === BLEND && !canBlend()) pick("base");
+  if (!same) drawVoices();
 }
 
 export function drawVoices() {
@@ -39,18 +63,26 @@ export function drawVoices() {
   strip.append(chip("base", say("base"), "base"), ...adapters.map((a) => chip(a.id, a.id, a.id, a)));
   strip.addEventListener("wheel", (event) => (strip.scrollLeft += event.deltaY), { passive: true });
   nodes.voices.replaceChildren(strip);
-  if (usableNames().length > 1) nodes.voices.append(chip(BLEND, say("blend"), usableNames().slice(0, 4).join("+")));
-  if (!adapters.length) {
-    const hint = document.createElement("span");
-    hint.className = "hint";
-    hint.textContent = say("noAdapters");
-    strip.append(hint);
-  }
+  if (canBlend()) nodes.voices.append(chip(BLEND, say("blend"), usableNames().slice(0, 4).join("+") || "base"));
+  if (more) strip.append(hint("moreAdapters"));
+  else if (!adapters.length) strip.append(hint(currentFilter() ? "noMatch" : "noAdapters"));
+  nodes["voice-filter"].hidden = !more && adapters.length < FILTER_FROM && !currentFilter();
   const checked = strip.querySelector(":checked")?.parentElement;
   if (checked) strip.scrollLeft = checked.offsetLeft + checked.offsetWidth - strip.clientWidth + 40;
   nodes.blend.hidden = picked !== BLEND;
   drawMixer();
   tint();
+}
+
+function hint(word) {
+  const node = document.createElement("span");
+  node.className = "hint";
+  node.textContent = say(word);
+  return node;
+}
+
+function canBlend() {
+  return usableNames().length > 1 || Boolean(currentFilter());
 }
 
 /** The SPEC to ask for. */
@@ -107,9 +139,7 @@ function terms(spec) {
 }
 
 function hueOf(name) {
-  const index = adapters.findIndex((adapter) => adapter.id === name);
-  if (index >= 0) return HUES[index % HUES.length];
-  return HUES[[...name].reduce((sum, letter) => sum + letter.codePointAt(0), 0) % HUES.length];
+  return hues.get(name) ?? HUES[[...name].reduce((sum, letter) => sum + letter.codePointAt(0), 0) % HUES.length];
 }
 
 function usableNames() {
@@ -139,7 +169,8 @@ function pick(value) {
   if (value === BLEND && currentBlendIsEmpty()) {
     const names = usableNames();
     const first = names.includes(picked) ? picked : names[0];
-    scales = { [first]: 0.6, [names.find((name) => name !== first)]: 0.4 };
+    const second = names.find((name) => name !== first);
+    scales = { ...(first && { [first]: second ? 0.6 : 1 }), ...(second && { [second]: 0.4 }) };
   }
   picked = value;
   for (const input of nodes.voices.querySelectorAll("input")) input.checked = input.value === value;
@@ -156,12 +187,7 @@ function currentBlendIsEmpty() {
 
 function drawMixer() {
   if (picked !== BLEND) return;
-  const names = usableNames();
-  const filter = nodes["blend-filter"];
-  filter.hidden = names.length < FILTER_FROM;
-  const wanted = filter.hidden ? "" : filter.value.trim().toLowerCase();
-  const shown = names.filter((name) => scales[name] || name.toLowerCase().includes(wanted));
-  nodes.mixer.replaceChildren(...shown.map(slider));
+  nodes.mixer.replaceChildren(...usableNames().map(slider));
   showSpec();
 }
 

@@ -44,6 +44,8 @@ const WORDS = {
     interrupted: "The connection broke off in mid-answer.",
     emptyAnswer: "(an empty answer)",
     refused: "cannot be used",
+    noMatch: "No adapter matches",
+    moreAdapters: "and more: filter to find them",
     noAdapters: "No adapters yet: `loraserve train` makes one",
     examples: [
       ["person", "Who are you, and who made you?"],
@@ -95,6 +97,8 @@ const WORDS = {
     interrupted: "回答途中连接断开了。",
     emptyAnswer: "（空回答）",
     refused: "无法使用",
+    noMatch: "没有匹配的适配器",
+    moreAdapters: "还有更多：输入名字筛选",
     noAdapters: "还没有适配器：用 loraserve train 训练一个",
     examples: [
       ["person", "你是谁？是谁创造了你？"],
