@@ -149,6 +149,7 @@ def _vllm_http(field: Field, peers: Peers) -> list[str]:
     port = free_port()
     command = [
         *(str(peers.vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"),
+        "--disable-uvicorn-access-log",
         *("--port", str(port), "--model", str(field.base), "--served-model-name", "base", "--dtype", field.dtype),
         *("--max-model-len", str(field.max_model_len), "--max-num-seqs", str(field.max_num_seqs)),
     ]
