@@ -7,6 +7,7 @@ interpreter loads this file by its path.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -120,7 +121,9 @@ def _play_cold(case: Case, serve: Serve, rng: random.Random) -> dict[str, Any]:
     pairs = [
         (ask(warm_name), ask(f"cold{i}")) for i in range(case.seed * COLD_ADAPTERS, (case.seed + 1) * COLD_ADAPTERS)
     ]
-    figures = {key: statistics.median(cold[key] for _, cold in pairs) for key in pairs[0][1]}
+    keys = [key for key in pairs[0][1] if key != "digest"]
+    figures = {key: statistics.median(cold[key] for _, cold in pairs) for key in keys}
+    figures["digest"] = pairs[-1][1]["digest"]
     warm = statistics.median(warm["ttft_ms"] for warm, _ in pairs)
     return figures | {"warm_ttft_ms": warm, "cold_ms": figures["ttft_ms"] - warm}
 
@@ -139,7 +142,7 @@ def _tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def _timed(serve: Serve, requests: list[Request]) -> tuple[dict[str, Any], list[Answer]]:
-    """All requests are sent at the same moment, and every time counts from then."""
+    """All requests are sent at the same moment, and every time counts from then. `digest` is of all answers' tokens."""
     started = time.perf_counter()
     answers = serve(requests)
     seconds = time.perf_counter() - started
@@ -148,7 +151,9 @@ def _timed(serve: Serve, requests: list[Request]) -> tuple[dict[str, Any], list[
     firsts = [answer.times[0] - started for answer in answers]
     gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
     tokens = sum(len(answer.token_ids) for answer in answers)
+    said = json.dumps([answer.token_ids for answer in answers]).encode()
     return {
+        "digest": hashlib.sha256(said).hexdigest()[:12],
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "ttft_ms": statistics.median(firsts) * 1e3,

@@ -35,7 +35,7 @@ CASES = {
 """By what `--cases` calls them; those with the same adapters at hand stand together."""
 LOADED = 8
 """Adapters that a server has at hand in the cases with adapters, at least."""
-FIGURES = ("tokens_per_s", "ttft_ms", "ttft_p95_ms", "itl_ms", "itl_p95_ms", "peak_rss_mb")
+FIGURES = ("tokens", "tokens_per_s", "ttft_ms", "ttft_p95_ms", "itl_ms", "itl_p95_ms", "peak_rss_mb")
 OWN_FIGURES = {"cold": ("warm_ttft_ms", "cold_ms"), "conversation": ("first_ttft_ms",)}
 """Of a kind of case, beside those of all."""
 
@@ -62,7 +62,7 @@ def run(
 
     Returns:
         `machine`, `dtype`, `r`, `repeats`; `contestants`: {name: version}; `skipped`: {name: why}; and `cases`: per
-        case its fields, `figures` {contestant: medians of FIGURES}, `ratios` of loraserve's tokens/s and TTFT to each
+        case its fields, `figures` {contestant: medians of FIGURES, and `digest`, which is equal where answers were}, `ratios` of loraserve's tokens/s and TTFT to each
         peer's, and `skipped` {contestant: why}.
 
     Raises:
@@ -136,7 +136,10 @@ def _measure(
             if round_number:  # the first is a warm-up
                 samples[contestant.name].append(figures)
     keys = (*FIGURES, *OWN_FIGURES.get(case.kind, ()))
-    medians = {name: {key: _median(rows, key) for key in keys} for name, rows in samples.items()}
+    medians: dict[str, dict[str, Any]] = {
+        name: {key: _median(rows, key) for key in keys} | {"digest": rows[-1]["digest"]}
+        for name, rows in samples.items()
+    }
     ratios = {
         f"{c.ours}/{c.name}": {
             key: round(medians[c.ours][key] / medians[c.name][key], 3) for key in ("tokens_per_s", "ttft_ms")
