@@ -132,8 +132,8 @@ def _play_conversation(case: Case, serve: Serve, rng: random.Random) -> dict[str
     """TTFT is that of the second turn; `first_ttft_ms` is that of the first."""
     history, name = _tokens(rng, case.prompt), f"{case.family}0" if case.adapters else None
     first, answers = _timed(serve, [Request(history, case.new, name)])
-    history += answers[0].token_ids + _tokens(rng, case.question)
-    second, _ = _timed(serve, [Request(history, case.new, name)])
+    again = history + answers[0].token_ids + _tokens(rng, case.question)
+    second, _ = _timed(serve, [Request(again, case.new, name)])
     return second | {"first_ttft_ms": first["ttft_ms"]}
 
 

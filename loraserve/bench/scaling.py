@@ -79,7 +79,8 @@ SWEEPS = {
     ),
 }
 FIGURES = ("tokens_per_s", "prompt_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "itl_ms", "peak_rss_mb")
-OVER_HTTP = Case("64 clients, 8 adapters", 64, 8, new=64)
+HTTP_CASES = {"http-64": Case("64 clients, 8 adapters", 64, 8, new=64)}
+"""For `serve.run`: what the server makes of the engine's speed."""
 
 
 def run(
@@ -109,7 +110,7 @@ def run(
             process = stack.enter_context(started(ours, setting, Peers(), logs or Path(scratch)))
             measured = {}
             for case in sweep.cases:
-                measured[case] = _measure([process], case, repeats)["loraserve"]
+                measured[case] = _measure(process, case, repeats)
                 note(f"{key}, {case.name}: {measured[case]['tokens_per_s']:.0f} tokens/s")
         lines = {
             label.format(r=r): {"figure": figure, "points": [{"x": x} | measured[case] for x, case in points.items()]}
@@ -117,36 +118,6 @@ def run(
         }
         table[key] = {"x": sweep.x, "y": sweep.y, "lines": lines}
     return {"machine": machine(), "dtype": dtype, "r": r, "repeats": repeats, "sweeps": table}
-
-
-def run_over_http(
-    *,
-    case: Case = OVER_HTTP,
-    repeats: int = 3,
-    dtype: str = "bfloat16",
-    r: int = 8,
-    model: ModelConfig | None = None,
-    logs: Path | None = None,
-) -> dict[str, Any]:
-    """Measure the same work, in turn, on the offline engine and on `loraserve serve` in a process of its own.
-
-    Returns:
-        `machine`, `dtype`, `r`, `repeats`, `case`, `figures` of both, and `ratio`, the server's tokens/s by the
-        engine's.
-
-    Raises:
-        LoraserveError: one of them failed.
-    """
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        setting = _prepare(Path(scratch), [case], {}, dtype, r, model)
-        both = [
-            stack.enter_context(started(CONTESTANTS[name], setting, Peers(), logs or Path(scratch)))
-            for name in ("loraserve", "loraserve-http")
-        ]
-        figures = _measure(both, case, repeats)
-    ratio = figures["loraserve-http"]["tokens_per_s"] / figures["loraserve"]["tokens_per_s"]
-    about = {"machine": machine(), "dtype": dtype, "r": r, "repeats": repeats}
-    return {**about, "case": case.name, "figures": figures, "ratio": round(ratio, 3)}
 
 
 def _prepare(
@@ -168,17 +139,13 @@ def _prepare(
     )
 
 
-def _measure(processes: Sequence[Process], case: Case, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of FIGURES of each process, by name."""
-    samples: dict[str, list[dict[str, Any]]] = {process.name: [] for process in processes}
+def _measure(process: Process, case: Case, repeats: int) -> dict[str, float]:
+    """Medians of FIGURES."""
+    rows = []
     for round_number in range(repeats + 1):
-        for process in processes:
-            row = process.ask(replace(case, seed=round_number))
-            row["prompt_tokens_per_s"] = case.prompt / row["ttft_ms"] * 1e3
-            row["decode_tokens_per_s"] = 1e3 / row["itl_ms"]
-            if round_number:  # the first is a warm-up
-                samples[process.name].append(row)
-    return {
-        name: {key: round(statistics.median(row[key] for row in rows), 2) for key in FIGURES}
-        for name, rows in samples.items()
-    }
+        row = process.ask(replace(case, seed=round_number))
+        first = row["ttft_ms"] / 1e3
+        row["prompt_tokens_per_s"] = case.clients * case.prompt / first
+        row["decode_tokens_per_s"] = case.clients * (case.new - 1) / (row["tokens"] / row["tokens_per_s"] - first)
+        rows.append(row)
+    return {key: round(statistics.median(row[key] for row in rows[1:]), 2) for key in FIGURES}  # the first is a warm-up

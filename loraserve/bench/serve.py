@@ -62,8 +62,8 @@ def run(
 
     Returns:
         `machine`, `dtype`, `r`, `repeats`; `contestants`: {name: version}; `skipped`: {name: why}; and `cases`: per
-        case its fields, `figures` {contestant: medians of FIGURES, and `digest`, which is equal where answers were}, `ratios` of loraserve's tokens/s and TTFT to each
-        peer's, and `skipped` {contestant: why}.
+        case its fields, `figures` {contestant: medians of FIGURES, and `digest`, equal where answers are}, `ratios` of
+        tokens/s and TTFT, loraserve's to each peer's and its server's to its engine's, and `skipped` {contestant: why}.
 
     Raises:
         LoraserveError: a contestant failed; the message names it.
@@ -140,12 +140,12 @@ def _measure(
         name: {key: _median(rows, key) for key in keys} | {"digest": rows[-1]["digest"]}
         for name, rows in samples.items()
     }
+    pairs = [(c.ours, c.name) for c in able if c.name != c.ours]
+    if "loraserve-http" in medians:
+        pairs.append(("loraserve-http", "loraserve"))
     ratios = {
-        f"{c.ours}/{c.name}": {
-            key: round(medians[c.ours][key] / medians[c.name][key], 3) for key in ("tokens_per_s", "ttft_ms")
-        }
-        for c in able
-        if c.name != c.ours
+        f"{a}/{b}": {key: round(medians[a][key] / medians[b][key], 3) for key in ("tokens_per_s", "ttft_ms")}
+        for a, b in pairs
     }
     return {**asdict(case), "figures": medians, "ratios": ratios, "skipped": refused}
 

@@ -136,23 +136,20 @@ def serve(
 @out_option
 def scaling(repeats: int, sweeps: list[str], http: bool, dtype: str, r: int, out: Path | None) -> None:
     """Measure the engine as the work grows: with the batch, the adapters in it, their rank, the context."""
-    from loraserve.bench.picture import curve_picture
-    from loraserve.bench.scaling import SWEEPS, run, run_over_http
-    from loraserve.bench.serve import pick
+    from loraserve.bench import serve
+    from loraserve.bench.picture import curve_picture, serve_picture
+    from loraserve.bench.scaling import HTTP_CASES, SWEEPS, run
 
-    logs = out and out / "logs"
-    pictures: dict[str, bytes] = {}
+    settings: dict[str, Any] = {"repeats": repeats, "dtype": dtype, "r": r, "logs": out and out / "logs", "note": _note}
     if http:
-        result = run_over_http(repeats=repeats, dtype=dtype, r=r, logs=logs)
-        for name, figures in result["figures"].items():
-            click.echo(f"{name:16} {figures['tokens_per_s']:9.1f} tokens/s")
-        click.echo(f"loraserve-http/loraserve = {result['ratio']:.2f}")
+        result = serve.run(cases=HTTP_CASES, contestants=["loraserve-http"], **settings)
+        _show(result)
     else:
-        chosen = {name: SWEEPS[name] for name in pick(sweeps, SWEEPS, "--sweeps")}
-        result = run(sweeps=chosen, repeats=repeats, dtype=dtype, r=r, logs=logs, note=_note)
-        pictures = {f"{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items() if out}
-    if out:
-        _write(out, result, pictures)
+        result = run(sweeps={name: SWEEPS[name] for name in serve.pick(sweeps, SWEEPS, "--sweeps")}, **settings)
+    if out and http:
+        _write(out, result, {"http.png": serve_picture(result)})
+    elif out:
+        _write(out, result, {f"{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items()})
     click.echo(json.dumps(result))
 
 

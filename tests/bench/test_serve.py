@@ -77,17 +77,18 @@ def test_every_contestant_that_is_there_plays_every_case(result: Mapping[str, An
         assert list(case["figures"]) == ["loraserve", "peft", "loraserve-http"]
         for figures in case["figures"].values():
             assert figures["tokens"] == case["clients"] * case["new"]
-            assert 0 < figures["ttft_ms"] <= figures["ttft_p95_ms"] < 60_000
-            assert 0 < figures["itl_ms"] <= figures["itl_p95_ms"] < 60_000
-            assert figures["tokens_per_s"] > 0.1 and figures["peak_rss_mb"] > 50
+            assert 0 < figures["ttft_ms"] <= figures["ttft_p95_ms"] < 60_000, figures
+            assert 0 <= figures["itl_ms"] <= figures["itl_p95_ms"] < 60_000, figures  # tokens may arrive together
+            assert figures["tokens_per_s"] > 0.1 and figures["peak_rss_mb"] > 50, figures
 
 
-def test_ratios_are_ours_to_theirs_and_to_none_across_http(result: Mapping[str, Any]) -> None:
+def test_ratios_are_ours_to_theirs_and_the_price_of_http(result: Mapping[str, Any]) -> None:
     for case in result["cases"].values():
-        assert list(case["ratios"]) == ["loraserve/peft"]
-        ours, theirs = case["figures"]["loraserve"], case["figures"]["peft"]
-        for key, ratio in case["ratios"]["loraserve/peft"].items():
-            assert ratio == pytest.approx(ours[key] / theirs[key], abs=1e-3)
+        assert list(case["ratios"]) == ["loraserve/peft", "loraserve-http/loraserve"]
+        for pair, ratios in case["ratios"].items():
+            ours, theirs = (case["figures"][name] for name in pair.split("/"))
+            assert ratios == {key: pytest.approx(ours[key] / theirs[key], abs=1e-3) for key in ratios}
+            assert set(ratios) == {"tokens_per_s", "ttft_ms"}
 
 
 def test_cold_and_multi_turn_have_what_they_are_compared_with(result: Mapping[str, Any]) -> None:
@@ -185,13 +186,6 @@ def test_scaling_measures_every_point_once_and_draws_it(tmp_path: Path) -> None:
     size_of(curve_picture(result["sweeps"]["batch"], result))
 
 
-def test_the_price_of_http_is_the_ratio_of_the_same_work() -> None:
-    case = Case("few", 2, 2, prompt=8, new=4)
-    result = scaling.run_over_http(case=case, repeats=1, dtype="float32", model=TINY)
-    server, engine = (result["figures"][name]["tokens_per_s"] for name in ("loraserve-http", "loraserve"))
-    assert result["ratio"] == pytest.approx(server / engine, rel=0.01)
-
-
 def test_the_command_writes_what_it_measured(
     result: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +201,6 @@ def test_the_command_writes_what_it_measured(
 @pytest.mark.parametrize("option", ["--cases", "--peers"])
 def test_an_unknown_name_is_an_error_with_the_known_ones(option: str) -> None:
     done = CliRunner().invoke(main, ["bench", "serve", option, "vlm,base-17"])
-    assert done.exit_code == 1 and option in done.stderr
+    assert done.exit_code == 2 and option in done.stderr
     with pytest.raises(InvalidRequest, match="did you mean 'base-1"):
         serve.pick(["base-17"], serve.CASES, "--cases")
