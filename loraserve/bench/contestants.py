@@ -4,6 +4,7 @@ In process is compared with in process, HTTP with HTTP. A peer in an environment
 or binary.
 """
 
+import ctypes.util
 import importlib.util
 import json
 import os
@@ -61,7 +62,7 @@ class Contestant:
     missing: Callable[[Peers], str]
     command: Callable[[Field, Peers], list[str]]
     refuses: Callable[[Case], str] = lambda case: ""
-    environment: Callable[[], dict[str, str]] = dict
+    environment: Callable[[Peers], dict[str, str]] = lambda peers: {}
 
     @property
     def ours(self) -> str:
@@ -178,9 +179,17 @@ def _vllm_rank(r: int) -> int:
     return next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= r)
 
 
-def _vllm_environment() -> dict[str, str]:
-    """Every core for the engine, room for all that the cases need, and no word with the outside."""
+def _vllm_environment(peers: Peers) -> dict[str, str]:
+    """Every core for the engine, room for all that the cases need, and no word with the outside.
+
+    What it asks to have preloaded for best performance is, where it is there.
+    """
+    assert peers.vllm_python
+    openmp = peers.vllm_python.parent.parent / "lib" / "libiomp5.so"
+    preload = [str(openmp.absolute())] if openmp.exists() else []
+    preload += filter(None, [ctypes.util.find_library("tcmalloc_minimal")])
     return {
+        "LD_PRELOAD": ":".join(preload),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, _cores())),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_KVCACHE_SPACE": "2",

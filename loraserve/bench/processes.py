@@ -73,7 +73,7 @@ def started(contestant: Contestant, field: Field, peers: Peers, logs: Path) -> I
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **contestant.environment()},
+            env={**os.environ, **contestant.environment(peers)},
         ) as popen,
     ):
         try:
