@@ -204,3 +204,9 @@ def test_an_unknown_name_is_an_error_with_the_known_ones(option: str) -> None:
     assert done.exit_code == 2 and option in done.stderr
     with pytest.raises(InvalidRequest, match="did you mean 'base-1"):
         serve.pick(["base-17"], serve.CASES, "--cases")
+
+
+def test_the_help_names_every_case_peer_and_sweep() -> None:
+    for command, known in (("serve", [*serve.CASES, *CONTESTANTS]), ("scaling", list(scaling.SWEEPS))):
+        words = CliRunner().invoke(main, ["bench", command, "--help"]).stdout.replace(",", " ").split()
+        assert set(known) <= set(words), command
