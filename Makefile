@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests: what CI runs"
 	@echo "make format  put the code into its format"
-	@echo "make bench   measure start-up, and throughput beside transformers + PEFT"
+	@echo "make bench   measure start-up, and throughput beside the peers that are installed"
 	@echo "make docs    rewrite the generated pages of docs/"
 	@echo "make venv    make .venv with everything these need"
 

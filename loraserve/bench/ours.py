@@ -1,45 +1,55 @@
-"""loraserve's engine as a contestant: in process, no HTTP, as the peers are measured."""
+"""loraserve's engine as a contestant: in process, no HTTP."""
 
 import threading
 import time
 from pathlib import Path
 
+from loraserve import __version__
 from loraserve.base.load import load_base
-from loraserve.bench.contestant import Case, Timing, arguments, compete
+from loraserve.bench.contestant import Answer, Request, arguments, compete
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Generation, Service
 from loraserve.lora.spec import parse_spec
 from loraserve.registry import Registry
 
+ADAPTER_MEMORY = 8 << 30
+MAX_QUEUE = 4096
+
 
 def main() -> None:
-    args = arguments("loraserve's engine, driven by stdin")
+    args, channel = arguments("loraserve's engine, driven by stdin")
     base = load_base(args.base, dtype=args.dtype)
     registry = Registry(Path(args.adapters), base.shapes, base.fingerprint)
-    service = Service(base, registry, max_model_len=512, max_num_seqs=64, max_queue=1000)
+    service = Service(
+        base,
+        registry,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_queue=MAX_QUEUE,
+        adapter_memory=ADAPTER_MEMORY,
+    )
     service.start()
 
-    def run(case: Case) -> Timing:
-        params = SamplingParams(max_tokens=case.new, temperature=0.0, ignore_eos=True)
-        specs = [parse_spec(f"a{i % case.adapters}" if case.adapters else None) for i in range(case.clients)]
-        first = [0.0] * case.clients
-        started = time.perf_counter()
+    def submit(request: Request) -> Generation:
+        params = SamplingParams(max_tokens=request.new, temperature=0.0, ignore_eos=True)
+        return service.generate(request.prompt, parse_spec(request.adapter), params)
 
-        def consume(i: int, generation: Generation) -> None:
-            count = len(next(generation).token_ids)
-            first[i] = time.perf_counter() - started
-            count += sum(len(piece.token_ids) for piece in generation)
-            assert count == case.new
+    def consume(answer: Answer, generation: Generation) -> None:
+        for piece in generation:
+            answer.times.append(time.perf_counter())
+            answer.token_ids.extend(piece.token_ids)
 
-        generations = [service.generate(p, s, params) for p, s in zip(case.prompts(), specs, strict=True)]
-        threads = [threading.Thread(target=consume, args=pair) for pair in enumerate(generations)]
-        for thread in threads:
-            thread.start()
+    def serve(requests: list[Request]) -> list[Answer]:
+        answers = [Answer([], []) for _ in requests]
+        threads = []
+        for request, answer in zip(requests, answers, strict=True):
+            threads.append(threading.Thread(target=consume, args=(answer, submit(request))))
+            threads[-1].start()
         for thread in threads:
             thread.join()
-        return Timing(time.perf_counter() - started, first)
+        return answers
 
-    compete(run)
+    compete(serve, channel, version=__version__)
     service.stop()
 
 

@@ -8,7 +8,7 @@ import peft
 import torch
 import transformers
 
-from loraserve.bench.contestant import Case, Timing, arguments, compete
+from loraserve.bench.contestant import Answer, Request, arguments, compete
 
 
 class Clock(transformers.LogitsProcessor):
@@ -23,41 +23,45 @@ class Clock(transformers.LogitsProcessor):
 
 
 def main() -> None:
-    args = arguments("transformers + PEFT, driven by stdin")
+    args, channel = arguments("transformers + PEFT, driven by stdin")
     transformers.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, attn_implementation="sdpa").eval()
-    plain.generation_config.eos_token_id = plain.config.eos_token_id = None  # else generate() stops early
-    found = (p.name for p in Path(args.adapters).iterdir() if p.is_dir() and not p.name.startswith("."))
-    names = sorted(found, key=lambda n: (len(n), n))
-    adapted: Any = None
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None  # else generate() stops early
+    loaded: set[str] = set()
 
-    def with_adapters() -> Any:
-        nonlocal adapted
-        if adapted is None:
-            adapted = peft.PeftModel.from_pretrained(plain, Path(args.adapters) / names[0], adapter_name=names[0])
-            for name in names[1:]:
-                adapted.load_adapter(Path(args.adapters) / name, adapter_name=name)
-            adapted = adapted.to(dtype).eval()
-        return adapted
-
-    def run(case: Case) -> Timing:
-        options: dict[str, Any] = {}
-        model: Any = plain
-        if case.adapters:
-            model = with_adapters()
-            if case.adapters > 1:
-                options["adapter_names"] = [names[i % case.adapters] for i in range(case.clients)]
-            else:
-                model.set_adapter(names[0])
+    def load(name: str) -> None:
+        nonlocal model
+        path = Path(args.adapters) / name
+        if not loaded:
+            model = peft.PeftModel.from_pretrained(model, path, adapter_name=name, autocast_adapter_dtype=False)
         else:
-            assert adapted is None, "base cases come first: PEFT wraps the model in place"
-        ids = torch.tensor(case.prompts())
-        clock = Clock()
+            model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+        for parameter_name, parameter in model.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.data = parameter.data.to(device, dtype)
+        loaded.add(name)
+
+    def choose(requests: list[Request]) -> dict[str, Any]:
+        """Load what is missing; set the adapter of all, or return the options that give each row its own."""
+        names = [request.adapter for request in requests]
+        for name in dict.fromkeys(names):
+            if name and name not in loaded:
+                load(name)
+        if names[0] and len(set(names)) == 1:
+            model.set_adapter(names[0])
+            return {}
+        assert any(names) or not loaded, "PEFT wraps the model in place: a contestant for the base loads no adapter"
+        return {"adapter_names": names} if any(names) else {}
+
+    def serve(requests: list[Request]) -> list[Answer]:
+        options, clock, new = choose(requests), Clock(), requests[0].new
+        ids = torch.tensor([request.prompt for request in requests], device=device)
         config = transformers.GenerationConfig(
-            max_new_tokens=case.new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+            max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
         )
-        started = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids,
@@ -66,11 +70,9 @@ def main() -> None:
                 logits_processor=transformers.LogitsProcessorList([clock]),
                 **options,
             )
-        seconds = time.perf_counter() - started
-        assert out.shape[1] == case.prompt + case.new
-        return Timing(seconds, [clock.times[0] - started] * case.clients)
+        return [Answer(row, clock.times) for row in out[:, ids.shape[1] :].tolist()]
 
-    compete(run)
+    compete(serve, channel, version=f"peft {peft.__version__}, transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,102 +1,158 @@
-"""Throughput and latency of the engine beside transformers + PEFT: A B A B in one run, medians and ratios."""
+"""The engine beside its peers: A B A B in one run, medians and ratios.
 
-import importlib.util
-import json
-import os
-import platform
+Contestants are started anew for each number of adapters that they have at hand, so that a peer whose base is slower
+with adapters enabled shows its best, and memory is that of what the cases need.
+"""
+
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-from loraserve.bench.contestant import Case
-from loraserve.bench.models import make_models
-from loraserve.errors import LoraserveError
+from loraserve.base.config import ModelConfig
+from loraserve.bench.contestant import COLD_ADAPTERS, Case
+from loraserve.bench.contestants import CONTESTANTS, Contestant, Field, Peers, select
+from loraserve.bench.machine import machine
+from loraserve.bench.models import make_adapters, make_base, minimind3_config
+from loraserve.bench.processes import Process, started
+from loraserve.errors import InvalidRequest, did_you_mean
 
 CASES = {
-    "1 client, base": Case(1, 0),
-    "16 clients, base": Case(16, 0),
-    "1 client, one adapter": Case(1, 1),
-    "16 clients, 8 adapters": Case(16, 8),
+    "base-1": Case("1 client, base", 1, 0),
+    "base-16": Case("16 clients, base", 16, 0),
+    "long-prompt": Case("long prompt", 1, 0, prompt=1536, new=32),
+    "one-1": Case("1 client, one adapter", 1, 1),
+    "one-16": Case("16 clients, one adapter", 16, 1),
+    "mixed-16": Case("16 clients, 8 adapters", 16, 8),
+    "cold": Case("cold adapter", 1, 1, new=8, kind="cold"),
+    "multi-turn": Case("multi-turn", 1, 1, prompt=512, new=64, kind="conversation"),
+    "mixed-256": Case("256 clients, 256 adapters", 256, 256, new=16),
 }
-PEERS = {"peft": ("transformers", "peft")}
+"""By what `--cases` calls them; those with the same adapters at hand stand together."""
+LOADED = 8
+"""Adapters that a server has at hand in the cases with adapters, at least."""
+FIGURES = ("tokens", "tokens_per_s", "ttft_ms", "ttft_p95_ms", "itl_ms", "itl_p95_ms", "peak_rss_mb")
+OWN_FIGURES = {"cold": ("warm_ttft_ms", "cold_ms"), "conversation": ("first_ttft_ms",)}
+"""Of a kind of case, beside those of all."""
 
 
-def run(*, repeats: int = 5, dtype: str = "bfloat16", peers: tuple[str, ...] = ("peft",), r: int = 8) -> dict[str, Any]:
-    """Measure every case `repeats` times on loraserve and on each installed peer, in turn.
+def run(
+    *,
+    cases: Mapping[str, Case] = CASES,
+    contestants: Sequence[str] = tuple(CONTESTANTS),
+    peers: Peers = Peers(),  # noqa: B008
+    repeats: int = 5,
+    dtype: str = "bfloat16",
+    r: int = 8,
+    model: ModelConfig | None = None,
+    logs: Path | None = None,
+    note: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Measure every case `repeats` times on each contestant that is installed, in turn, after a warm-up.
+
+    Args:
+        contestants: names in CONTESTANTS; loraserve always takes part, its server where another does.
+        model: shapes of the random base, by default minimind-3's.
+        logs: where contestants' output is kept; by default nowhere.
+        note: is told of who is skipped and of every case that is done.
 
     Returns:
-        `machine`, `dtype` and per case the medians of tokens/s, time to first token (ms) and peak memory (MB) of each
-        contestant, and the ratio of loraserve's tokens/s to each peer's.
+        `machine`, `dtype`, `r`, `repeats`; `contestants`: {name: version}; `skipped`: {name: why}; and `cases`: per
+        case its fields, `figures` {contestant: medians of FIGURES, and `digest`, equal where answers are}, `ratios` of
+        tokens/s and TTFT, loraserve's to each peer's and its server's to its engine's, and `skipped` {contestant: why}.
+
+    Raises:
+        LoraserveError: a contestant failed; the message names it.
     """
-    rivals = [peer for peer in peers if all(importlib.util.find_spec(module) for module in PEERS[peer])]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        base, adapters = make_models(Path(folder), 8, r)
-        contestants = {name: stack.enter_context(_process(name, base, adapters, dtype)) for name in ["ours", *rivals]}
-        table: dict[str, Any] = {}
-        for title, case in CASES.items():
-            samples: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-            for repeat in range(-1, repeats):  # the first is a warm-up
-                for name, process in contestants.items():
-                    figures = _ask(name, process, Case(**{**asdict(case), "seed": repeat + 1}))
-                    if repeat >= 0:
-                        samples[name].append(figures)
-            table[title] = {name: _medians(rows) for name, rows in samples.items()}
-            for rival in rivals:
-                ours, theirs = table[title]["ours"]["tokens_per_s"], table[title][rival]["tokens_per_s"]
-                table[title][f"ours/{rival}"] = round(ours / theirs, 2)
-    return {"machine": machine(), "dtype": dtype, "repeats": repeats, "cases": table}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    present, skipped = select(contestants, peers)
+    for name, reason in skipped.items():
+        note(f"{name} is skipped: {reason}")
+    versions: dict[str, str] = {}
+    table: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = make_base(folder / "base", model or minimind3_config())
+        most = max(map(_at_hand, cases.values()), default=0)
+        names = [f"a{i}" for i in range(most)]
+        if any(case.kind == "cold" for case in cases.values()):
+            names += [f"cold{i}" for i in range((repeats + 1) * COLD_ADAPTERS)]
+        make_adapters(base, folder / "adapters", names, r)
+        for num_adapters, group in groupby(cases.items(), key=lambda item: _at_hand(item[1])):
+            chosen = dict(group)
+            length = max(case.length for case in chosen.values())
+            clients = max(case.clients for case in chosen.values())
+            field = Field(folder / "base", folder / "adapters", num_adapters, r, dtype, length, clients)
+            with ExitStack() as stack:
+                processes = {
+                    c.name: stack.enter_context(started(c, field, peers, logs or folder / "logs")) for c in present
+                }
+                versions |= {name: process.version for name, process in processes.items()}
+                for key, case in chosen.items():
+                    table[key] = _measure(case, present, processes, repeats)
+                    note(f"{case.name}: {_line(table[key])}")
     return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
+        "machine": machine(),
+        "dtype": dtype,
+        "r": r,
+        "repeats": repeats,
+        "contestants": versions,
+        "skipped": skipped,
+        "cases": table,
     }
 
 
-@contextmanager
-def _process(name: str, base: Path, adapters: Path, dtype: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", f"loraserve.bench.{name}", "--base", str(base), "--adapters", str(adapters)]
-    with subprocess.Popen(
-        [*command, "--dtype", dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            _pipe(process.stdin).close()
-            process.wait()
+def pick(names: Sequence[str], known: Mapping[str, Any], option: str) -> list[str]:
+    """Return those of `known` that are named, in its order; `all` names all.
+
+    Raises InvalidRequest for a name it does not have.
+    """
+    if list(names) == ["all"]:
+        return list(known)
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+            raise InvalidRequest(f"{option} has no {name!r}; {hint}", param=option)
+    return [name for name in known if name in names]
 
 
-def _ask(name: str, process: subprocess.Popen[str], case: Case) -> dict[str, Any]:
-    print(json.dumps(asdict(case)), file=_pipe(process.stdin), flush=True)
-    line = _pipe(process.stdout).readline()
-    if not line:
-        raise LoraserveError(
-            f"the benchmark's process for {name!r} ended with code {process.wait()}; see its output above"
-        )
-    return json.loads(line)
+def _at_hand(case: Case) -> int:
+    """How many adapters a contestant has when it plays `case`."""
+    return max(case.adapters, LOADED) if case.adapters else 0
 
 
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+def _measure(
+    case: Case, present: Sequence[Contestant], processes: Mapping[str, Process], repeats: int
+) -> dict[str, Any]:
+    refused = {c.name: reason for c in present if (reason := c.refuses(case))}
+    able = [c for c in present if c.name not in refused]
+    samples: dict[str, list[dict[str, Any]]] = {c.name: [] for c in able}
+    for round_number in range(repeats + 1):
+        for contestant in able:
+            figures = processes[contestant.name].ask(replace(case, seed=round_number))
+            if round_number:  # the first is a warm-up
+                samples[contestant.name].append(figures)
+    keys = (*FIGURES, *OWN_FIGURES.get(case.kind, ()))
+    medians: dict[str, dict[str, Any]] = {
+        name: {key: _median(rows, key) for key in keys} | {"digest": rows[-1]["digest"]}
+        for name, rows in samples.items()
+    }
+    pairs = [(c.ours, c.name) for c in able if c.name != c.ours]
+    if "loraserve-http" in medians:
+        pairs.append(("loraserve-http", "loraserve"))
+    ratios = {
+        f"{a}/{b}": {key: round(medians[a][key] / medians[b][key], 3) for key in ("tokens_per_s", "ttft_ms")}
+        for a, b in pairs
+    }
+    return {**asdict(case), "figures": medians, "ratios": ratios, "skipped": refused}
 
 
-def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
-    keys = ("tokens_per_s", "ttft_ms", "peak_rss_mb")
-    return {key: round(statistics.median(row[key] for row in rows), 1) for key in keys}
+def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return round(statistics.median(row[key] for row in rows), 2)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {figures['tokens_per_s']:.0f} tokens/s" for name, figures in row["figures"].items())

@@ -2,13 +2,13 @@
 
 import http.client
 import json
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from typing import Any
 
+from loraserve.bench.contestants import free_port
+from loraserve.bench.over_http import wait_until_ready
 from loraserve.errors import LoraserveError
 
 QUESTION = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "temperature": 0, "max_tokens": 16}
@@ -21,12 +21,12 @@ def run(*, repeats: int = 5, base: str = "bundled") -> dict[str, float]:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "loraserve.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
         helps.append(time.perf_counter() - began)
-        port = _free_port()
+        port = free_port()
         began = time.perf_counter()
         command = [sys.executable, "-m", "loraserve.cli", "serve", "--base", base, "--port", str(port)]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            _wait_until_ready(server, port)
+            wait_until_ready(server, port, "/ready", timeout=120.0)
             starts.append(time.perf_counter() - began)
             _first_token(port)  # warm-up
             firsts += [_first_token(port) for _ in range(5)]
@@ -38,30 +38,6 @@ def run(*, repeats: int = 5, base: str = "bundled") -> dict[str, float]:
         "start_s": round(statistics.median(starts), 2),
         "ttft_ms": round(statistics.median(firsts) * 1e3, 1),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_until_ready(server: subprocess.Popen[Any], port: int, timeout: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and server.poll() is None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            pass
-        finally:
-            connection.close()
-        time.sleep(0.02)
-    raise LoraserveError(
-        f"the server did not become ready (exit code {server.poll()}); run `loraserve serve` to see why"
-    )
 
 
 def _first_token(port: int) -> float:

@@ -61,6 +61,11 @@ class Generation:
         self._text = text
         self._done = False
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that did not have to be computed; known with the first token of the answer."""
+        return self._sequence.num_shared
+
     def __iter__(self) -> Iterator[Piece]:
         return self
 

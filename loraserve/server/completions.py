@@ -127,7 +127,8 @@ class Answer:
             "adapter": selection.text,
         }
         # The n choices of a prompt share it, so it counts once.
-        self.prompt_tokens = sum(generation.prompt_tokens for generation in generations[:: body.n or 1])
+        self.of_prompts = generations[:: body.n or 1]
+        self.prompt_tokens = sum(generation.prompt_tokens for generation in self.of_prompts)
         self.completion_tokens = 0
         gone = request.environ.get("waitress.client_disconnected", lambda: False)
         self.pieces = read_all(generations, gone, state.closing.is_set)
@@ -182,8 +183,9 @@ class Answer:
         self.meter.tokens(len(piece.token_ids))
         return self.form.chunks(index, piece)
 
-    def event(self, choices: list[Chunk], total: dict[str, int] | None = None) -> bytes:
+    def event(self, choices: list[Chunk], total: dict[str, Any] | None = None) -> bytes:
         return event({**self.head, "choices": choices, **({"usage": total} if self.include_usage else {})})
 
-    def usage(self) -> dict[str, int]:
-        return usage(self.prompt_tokens, self.completion_tokens)
+    def usage(self) -> dict[str, Any]:
+        cached = sum(generation.cached_tokens for generation in self.of_prompts)
+        return usage(self.prompt_tokens, self.completion_tokens, cached)

@@ -40,11 +40,19 @@ def test_a_chat_answer_has_openais_form_and_names_the_adapter(client: FlaskClien
     assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
     generated = len(CHAINS["pirate"])
     prompt = answer["usage"]["prompt_tokens"]
-    assert answer["usage"] == {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-    }
+    usage = answer["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (generated, prompt + generated)
+
+
+def test_usage_says_how_much_of_the_prompt_was_there_already(client: FlaskClient) -> None:
+    turns = [{"role": "user", "content": "Tell me a long story about the sea and the moon."}]
+    first = chat(client, messages=turns, adapter="poet")
+    turns += [{"role": "assistant", "content": content(first)}, {"role": "user", "content": "Go on."}]
+    second = chat(client, messages=turns, adapter="poet")["usage"]
+    cached = second["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens"] - 1 <= cached < second["prompt_tokens"]
+    other = chat(client, messages=turns, adapter="pirate")["usage"]["prompt_tokens_details"]
+    assert other["cached_tokens"] < cached, "another adapter's values are not its own"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,8 @@ def test_a_stream_ends_with_its_usage_if_asked(client: FlaskClient) -> None:
     fields = {"messages": USER, "adapter": "pirate"}
     whole = chat(client, **fields)["usage"]
     chunks = stream(client, "/v1/chat/completions", stream_options={"include_usage": True}, **fields)
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {**whole, "prompt_tokens_details": chunks[-1]["usage"]["prompt_tokens_details"]}
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
@@ -234,7 +243,8 @@ def test_text_parts_and_developer_messages_are_understood(client: FlaskClient) -
     parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "are you?"}]
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     joined = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who\nare you?"}]
-    assert chat(client, messages=messages)["usage"] == chat(client, messages=joined)["usage"]
+    usages = [chat(client, messages=m)["usage"] for m in (messages, joined)]
+    assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"]
 
 
 def test_stop_token_ids_and_ignore_eos_are_vllms(client: FlaskClient, service: Service) -> None:
