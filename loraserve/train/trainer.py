@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from loraserve.base.load import Base
-from loraserve.errors import TrainingInterrupted
+from loraserve.errors import InvalidRequest, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.config import LoraConfig, compact_targets, expand_targets
 from loraserve.registry import Record, Registry
@@ -79,6 +79,8 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
 
 class _Run:
     def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
+        if base.int8:
+            raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
         self.data = read_file(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)

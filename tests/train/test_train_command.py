@@ -192,3 +192,10 @@ def test_two_runs_on_one_name_are_refused(start, arguments):
     finish(first)
     assert result.exit_code == 1 and "another run is training 'robot'" in result.stderr
     assert run(*arguments).exit_code == 0  # the lock died with its process
+
+
+def test_eight_bit_weights_are_refused_for_training(arguments, tmp_path):
+    result = run(*arguments, "--dtype", "int8")
+    assert result.exit_code == 1
+    assert "dtype int8 is for serving; train in float32" in result.stderr
+    assert not (tmp_path / "adapters").exists()
