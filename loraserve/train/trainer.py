@@ -64,6 +64,8 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         StorageError: a checkpoint or the adapter could not be written; the last good checkpoint stays.
     """
     options.check()
+    if base.int8:
+        raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
     work = registry.root / WORK_FOLDER
     folder = (options.save_dir or work) / options.name
     with exclusive(options.name, {work, folder.parent}):
@@ -79,8 +81,6 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
 
 class _Run:
     def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
-        if base.int8:
-            raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
         self.data = read_file(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)

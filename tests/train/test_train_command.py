@@ -196,6 +196,6 @@ def test_two_runs_on_one_name_are_refused(start, arguments):
 
 def test_eight_bit_weights_are_refused_for_training(arguments, tmp_path):
     result = run(*arguments, "--dtype", "int8")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "dtype int8 is for serving; train in float32" in result.stderr
     assert not (tmp_path / "adapters").exists()
