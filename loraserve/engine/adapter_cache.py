@@ -19,7 +19,7 @@ import torch
 from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
 from loraserve.engine.lease import Held, Lease
 from loraserve.engine.residency import Entry, Residency
-from loraserve.errors import Conflict, InvalidRequest, LoraserveError
+from loraserve.errors import LoraserveError
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec, Term
 from loraserve.registry import Record, Registry
@@ -40,6 +40,8 @@ class _Job:
     to_host: bool = False
     signature: object = None
     outdated: bool = False
+    dropped: tuple[Adapter, ...] = ()
+    """To make room for it."""
 
 
 class AdapterCache:
@@ -89,7 +91,7 @@ class AdapterCache:
         if not used:
             return None
         sizes = {term.name: self._size_of(record) for term, record in used}
-        if problem := self._oversize(sizes):
+        if problem := self._table.oversize(sizes):
             raise problem
         weights = {term.name: term.scale for term, _ in used}
         return Lease(self, weights, sizes, {term.name: record.signature for term, record in used})
@@ -126,9 +128,9 @@ class AdapterCache:
         """
         size = self._size_of(self._registry.get(name))
         with self._changed:
-            self._with_pin(name, size)
+            self._table.pinned_with(name, size)
         with self.hold((Term(name),)) as held, self._changed:
-            self._table.pinned = self._with_pin(name, held[0][0].num_bytes)
+            self._table.pinned = self._table.pinned_with(name, held[0][0].num_bytes)
 
     def unpin(self, name: str) -> None:
         """Let an adapter be dropped like any other; harmless if it is not pinned."""
@@ -177,15 +179,6 @@ class AdapterCache:
     def num_waiting(self) -> int:
         """Requests in line."""
         return len(self._line)
-
-    def _with_pin(self, name: str, size: int) -> dict[str, int]:
-        pinned = self._table.pinned | {name: size}
-        if sum(pinned.values()) > self._table.capacity:
-            raise Conflict(
-                f"with {name!r} the pinned adapters would need {_mib(sum(pinned.values()))}, more than the "
-                f"{_mib(self._table.capacity)} there are; unpin another, or raise --adapter-memory"
-            )
-        return pinned
 
     def _join(self, lease: Lease) -> None:
         with self._changed:
@@ -238,10 +231,9 @@ class AdapterCache:
 
     def _next_job(self) -> _Job | None:
         if (choice := self._table.choose(lease.sizes for lease in self._line)) is not None:
-            for entry in self._table.make_room(choice):
-                self.num_evictions += 1
-                self.on_evict(entry.adapter)
-            return _Job(choice.name, choice.size)
+            dropped = tuple(entry.adapter for entry in self._table.make_room(choice))
+            self.num_evictions += len(dropped)
+            return _Job(choice.name, choice.size, dropped=dropped)
         if self._tiers.has_host:  # the device is full: what will be wanted next can come nearer
             for lease in self._line:
                 for name, signature in lease.signatures.items():
@@ -275,7 +267,7 @@ class AdapterCache:
                 self.load_seconds += perf_counter() - began
                 self._table.entries[job.name] = Entry(job.name, job.signature, adapter)
             for lease in list(self._line):
-                lease.error = self._oversize(lease.sizes) or (
+                lease.error = self._table.oversize(lease.sizes) or (
                     None if job.outdated or job.name not in lease.sizes else error
                 )
                 if lease.error is not None:
@@ -286,6 +278,8 @@ class AdapterCache:
             self.num_changes += 1
             self._changed.notify_all()
             self._advance()
+        for gone in job.dropped:  # not before, so that the engine changes its set of adapters once
+            self.on_evict(gone)
         self.on_change()
         for lease in failed:
             if lease.on_failure is not None and lease.error is not None:
@@ -302,19 +296,3 @@ class AdapterCache:
 
     def _size_of(self, record: Record) -> int:
         return record.num_parameters * self._itemsize
-
-    def _oversize(self, sizes: dict[str, int]) -> InvalidRequest | None:
-        total = sum(sizes.values())
-        if total <= self._table.capacity:
-            return None
-        alone = len(sizes) == 1
-        what = f"adapter {next(iter(sizes))!r} needs" if alone else "the adapters of this blend together need"
-        return InvalidRequest(
-            f"{what} {_mib(total)}, more than the {_mib(self._table.capacity)} there are; "
-            f"{'raise' if alone else 'blend fewer, or raise'} --adapter-memory",
-            param="adapter",
-        )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from loraserve.errors import Conflict, InvalidRequest
 from loraserve.lora.adapter import Adapter
 
 
@@ -110,5 +111,32 @@ class Residency:
             total -= dropped[-1].num_bytes
         return dropped
 
+    def oversize(self, sizes: Mapping[str, int]) -> InvalidRequest | None:
+        """The error for a request whose adapters, {name: bytes}, could never be here together; None if they could."""
+        total = sum(sizes.values())
+        if total <= self.capacity:
+            return None
+        alone = len(sizes) == 1
+        what = f"adapter {next(iter(sizes))!r} needs" if alone else "the adapters of this blend together need"
+        return InvalidRequest(
+            f"{what} {_mib(total)}, more than the {_mib(self.capacity)} there are; "
+            f"{'raise' if alone else 'blend fewer, or raise'} --adapter-memory",
+            param="adapter",
+        )
+
+    def pinned_with(self, name: str, size: int) -> dict[str, int]:
+        """What would be pinned with one adapter more. Raises Conflict if that could not be here together."""
+        pinned = self.pinned | {name: size}
+        if (total := sum(pinned.values())) > self.capacity:
+            raise Conflict(
+                f"with {name!r} the pinned adapters would need {_mib(total)}, more than the {_mib(self.capacity)} "
+                "there are; unpin another, or raise --adapter-memory"
+            )
+        return pinned
+
     def _pinned_beside(self, kept: set[str]) -> int:
         return sum(self.entries[name].num_bytes for name in self.pinned if name in self.entries and name not in kept)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

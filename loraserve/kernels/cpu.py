@@ -111,7 +111,7 @@ class Deltas:
     ) -> None:
         cells = [cell for row in weights for cell in row]
         self._dtype = dtype
-        self._kept = [(c[0].to(dtype).contiguous(), c[1].to(dtype).T.contiguous()) if c else None for c in cells]
+        self._kept = [(_by_rows(c[0], dtype), _by_columns(c[1], dtype)) if c else None for c in cells]
         self._A = torch.tensor([k[0].data_ptr() if k else 0 for k in self._kept])
         self._B = torch.tensor([k[1].data_ptr() if k else 0 for k in self._kept])
         ranks = [k[0].shape[0] if k else 0 for k in self._kept]
@@ -129,6 +129,15 @@ class Deltas:
         call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
               len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,
               scratch)  # fmt: skip
+
+
+def _by_rows(A: Tensor, dtype: torch.dtype) -> Tensor:
+    return A if A.dtype == dtype and A.is_contiguous() else A.to(dtype).contiguous()
+
+
+def _by_columns(B: Tensor, dtype: torch.dtype) -> Tensor:
+    """B with Bᵀ contiguous. Each change of the active set asks for hundreds, so no call too many where it is that."""
+    return B if B.dtype == dtype and B.stride() == (1, B.shape[0]) else B.to(dtype).T.contiguous().T
 
 
 def call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
