@@ -31,9 +31,10 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from loraserve.base.load import Base, load_base
-from loraserve.bench.models import make_models
-from loraserve.bench.serve import machine
-from loraserve.bench.start import _free_port, _wait_until_ready
+from loraserve.bench.contestants import free_port
+from loraserve.bench.machine import machine
+from loraserve.bench.models import make_adapters, make_base, minimind3_config
+from loraserve.bench.over_http import wait_until_ready
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Service
 from loraserve.lora.spec import Spec, parse_spec
@@ -60,7 +61,9 @@ def main() -> None:
     if args.quick:
         args.registered, args.seconds, args.repeats = 2000, 6.0, 2
     with tempfile.TemporaryDirectory() as scratch:
-        base_path, adapters = make_models(Path(scratch), FILES, 8)
+        base_path, adapters = Path(scratch) / "base", Path(scratch) / "adapters"
+        made = make_base(base_path, minimind3_config())
+        make_adapters(made, adapters, [f"a{i}" for i in range(FILES)], 8)
         result: dict[str, Any] = {"machine": machine()}
         if not args.only or "start" in args.only:
             result["start"] = start(Path(scratch), base_path, adapters / "a0", args.registered, args.repeats)
@@ -108,12 +111,12 @@ def start(scratch: Path, base: Path, sample: Path, many: int, repeats: int) -> d
 
 
 def _start(base: Path, adapters: Path) -> float:
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "loraserve.cli", "serve", "--base", str(base), "--adapters-dir", str(adapters)]
     began = time.perf_counter()
     server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until_ready(server, port)
+        wait_until_ready(server, port, "/ready", timeout=300.0)
         return time.perf_counter() - began
     finally:
         server.terminate()
@@ -149,7 +152,8 @@ def traffic(base: Base, adapters: Path, args: argparse.Namespace) -> dict[str, A
 def _service(base: Base, adapters: Path, room: int, slots: int) -> Service:
     registry = Registry(adapters, base.shapes, base.fingerprint)
     size = registry.get("a0").num_parameters * base.dtype.itemsize
-    service = Service(base, registry, max_model_len=512, max_num_seqs=slots, max_queue=1000, adapter_memory=room * size)
+    limits = {"max_model_len": 512, "max_num_seqs": slots, "max_queue": 1000, "adapter_memory": room * size}
+    service = Service(base, registry, prefix_memory=0, **limits)  # every prompt is the same, and computed all the same
     service.start()
     return service
 

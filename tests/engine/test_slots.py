@@ -57,6 +57,15 @@ def test_prefix_of_a_running_sequence_is_shared_as_far_as_it_is_computed() -> No
     assert slots.take(other) == Copy(source=0, target=1, count=30)
 
 
+def test_what_is_shorter_than_the_shortest_prefix_shares_nothing_even_with_its_like() -> None:
+    for length in (1, 2, MIN_SHARED):
+        slots = Slots(4)
+        running, held = sequence(HISTORY[:1]), run(slots, HISTORY[: length - 1])
+        slots.take(running)
+        other = sequence(HISTORY[:length])
+        assert held.slot == -1 and slots.take(other) is None and other.num_computed == 0
+
+
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     slots = Slots(4)
     run(slots, HISTORY)
