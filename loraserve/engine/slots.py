@@ -117,7 +117,7 @@ def key_of(sequence: Sequence) -> Hashable:
 
 def _common(a: list[int], b: list[int], most: int) -> int:
     """Length of the common prefix, if it is longer than `most`; else anything up to `most`."""
-    if len(a) <= most or a[: most + 1] != b[: most + 1]:
+    if min(len(a), len(b)) <= most or a[: most + 1] != b[: most + 1]:
         return 0
     low, high = most + 1, min(len(a), len(b))  # a[:low] == b[:low]
     while low < high:

@@ -134,3 +134,10 @@ def test_turned_off_it_shares_nothing() -> None:
     run(slots, HISTORY)
     again = sequence([*HISTORY, 1])
     assert slots.take(again) is None and again.num_computed == 0 and slots.num_held == 0
+
+
+def test_equal_prompts_shorter_than_what_pays_share_nothing() -> None:
+    slots = Slots(4)
+    run(slots, [1, 2, 3, 4])
+    twin = sequence([1, 2, 3, 4])
+    assert slots.take(twin) is None and twin.num_computed == 0
