@@ -7,8 +7,9 @@ from pathlib import Path
 from loraserve import __version__
 from loraserve.base.load import load_base
 from loraserve.bench.contestant import Answer, Request, arguments, compete
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.lora.spec import parse_spec
 from loraserve.registry import Registry
 

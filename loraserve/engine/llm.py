@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from loraserve.base.load import load_base
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.engine.text import TokenLogprob
 from loraserve.errors import InvalidRequest
 from loraserve.lora.spec import format_spec, parse_spec

@@ -5,9 +5,7 @@ anything is queued; only a fault in an adapter's weights shows when they are loa
 """
 
 import itertools
-import queue
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,17 +14,18 @@ from torch import Tensor
 from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
-from loraserve.engine.engine import Engine, Event
+from loraserve.engine.engine import Engine
+from loraserve.engine.generation import Generation
 from loraserve.engine.hot_merge import HotMerges, MergedAdapter
 from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.sequence import Sequence, Token
+from loraserve.engine.sequence import Sequence
 from loraserve.engine.slots import Slots
-from loraserve.engine.text import Piece, TextStream
+from loraserve.engine.text import TextStream
 from loraserve.engine.worker import Worker
-from loraserve.errors import ContextLengthExceeded, InvalidRequest, LoraserveError
+from loraserve.errors import ContextLengthExceeded, InvalidRequest
 from loraserve.kernels.threads import apart
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.spec import Spec
@@ -42,71 +41,6 @@ MERGE_MEMORY = 1 << 30
 """Bytes of merged layers on the device."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
-
-
-class Generation:
-    """One answer on its way. Iterating yields Pieces until the one with a finish reason.
-
-    A failure of the request is raised from the iteration as a LoraserveError.
-    """
-
-    def __init__(
-        self, worker: Worker, sequence: Sequence, outbox: "queue.SimpleQueue[Event]", text: TextStream
-    ) -> None:
-        self.prompt_tokens = len(sequence.prompt_token_ids)
-        self.completion_tokens = 0
-        self._worker = worker
-        self._sequence = sequence
-        self._outbox = outbox
-        self._text = text
-        self._done = False
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that did not have to be computed; known with the first token of the answer."""
-        return self._sequence.num_shared
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        piece = self.next()
-        assert piece is not None
-        return piece
-
-    def next(self, timeout: float | None = None) -> Piece | None:
-        """Return the next Piece, made of every token that has arrived; None if none arrives in `timeout` seconds.
-
-        Raises:
-            StopIteration: the answer is complete or was cancelled.
-            LoraserveError: the request or the engine failed.
-        """
-        if self._done:
-            raise StopIteration
-        try:
-            events = [self._outbox.get(timeout=timeout)]
-        except queue.Empty:
-            return None
-        while not self._outbox.empty():
-            events.append(self._outbox.get())
-        failure = next((event for event in events if isinstance(event, LoraserveError)), None)
-        if failure is not None:
-            self._done = True
-            raise failure
-        tokens = [event for event in events if isinstance(event, Token) and event.finish_reason != "abort"]
-        if self._done and not tokens:
-            raise StopIteration
-        piece = self._text.push(tokens)
-        self.completion_tokens += len(piece.token_ids)
-        if piece.finish_reason:
-            self.cancel()  # a stop string ends the answer before the engine knows
-        return piece
-
-    def cancel(self) -> None:
-        """Stop generating and free the slot before the next step. Idempotent, callable from any thread."""
-        self._done = True
-        self._worker.abort(self._sequence)
-        self._outbox.put(Token(-1, "abort"))  # wakes a thread that waits in `next`
 
 
 class Service:

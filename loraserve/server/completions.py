@@ -13,8 +13,8 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
 
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation
 from loraserve.engine.text import Piece
 from loraserve.errors import AdapterNotFound, InvalidRequest, LoraserveError
 from loraserve.server.forms import ChatForm, Chunk, Form, TextForm

@@ -7,7 +7,7 @@ two functions. Invariant: when the stream ends, for whatever reason, none of its
 import time
 from collections.abc import Callable, Generator, Sequence
 
-from loraserve.engine.service import Generation
+from loraserve.engine.generation import Generation
 from loraserve.engine.text import Piece
 from loraserve.errors import NotReady
 

@@ -11,8 +11,9 @@ import torch
 
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.errors import AdapterRefused, Conflict, InvalidRequest, NotReady
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.config import LoraConfig

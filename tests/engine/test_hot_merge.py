@@ -16,9 +16,10 @@ from loraserve.base.fingerprint import compute
 from loraserve.base.linear import Joint
 from loraserve.base.load import Base, build_model, load_base
 from loraserve.base.model import Model
+from loraserve.engine.generation import Generation
 from loraserve.engine.merge import merge, merge_checkpoint
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.spec import parse_spec
 from loraserve.registry import Registry

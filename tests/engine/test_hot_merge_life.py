@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from loraserve.base.load import Base, load_base
 from loraserve.engine import hot_merge
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.errors import AdapterNotFound, AdapterRefused, CheckpointError, Conflict, NotReady
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.config import LoraConfig

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.lora.spec import parse_spec
 
 PROMPTS = [[5, 6, 7], list(range(10, 60)), [70, 80, 90], list(range(200, 205)), [100, 200], [5, 6], list(range(30, 70))]

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from loraserve.engine.generation import Generation
 from loraserve.engine.llm import LLM
 from loraserve.engine.params import SamplingParams
-from loraserve.engine.service import Generation, Service
+from loraserve.engine.service import Service
 from loraserve.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, NotFinite, NotReady, QueueFull
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.config import LoraConfig
