@@ -166,7 +166,14 @@ def make_service(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         for i, (name, chain) in enumerate(CHAINS.items()):
             if name != "base":
                 write_adapter(root / name, base, chain[0], r=1 + i % 3)
-        limits = {"max_model_len": 65536, "max_num_seqs": 4, "max_queue": 8, "seed": 0, **limits}
+        limits = {
+            "max_model_len": 65536,
+            "max_num_seqs": 4,
+            "max_queue": 8,
+            "seed": 0,
+            "prefix_memory": 32 << 20,
+            **limits,
+        }
         service = Service(base, Registry(root, base.shapes, base.fingerprint), **limits)
         service.start()
         services.append(service)
