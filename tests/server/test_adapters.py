@@ -85,6 +85,19 @@ def test_a_broken_adapter_is_listed_with_its_problems_and_not_as_a_model(
     assert expect(ask(client, "broken"), 422, "adapter_refused", None)["problems"]
 
 
+def test_pages_of_models_go_past_those_that_are_refused(client: FlaskClient, service: Service, base: Base) -> None:
+    for name in ("ninja", "noble"):
+        folder = write_adapter(service.registry.root / name, base, CHAINS["pirate"][0])
+        (folder / FILES[1]).write_bytes(b"not safetensors")
+        expect(ask(client, name), 422, "adapter_refused", None)
+    found, page = [], {"has_more": True, "last_id": ""}
+    while page["has_more"]:
+        page = client.get("/v1/models", query_string={"limit": 1, "after": page["last_id"]}).json
+        assert len(page["data"]) == 1
+        found.append(page["last_id"])
+    assert found == ["tiny", *NAMES]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_that_only_the_load_reveals_has_its_status(
     client: FlaskClient, service: Service, base: Base, stream: bool
