@@ -18,7 +18,6 @@ from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
 from loraserve.engine.lease import Held, Lease
 from loraserve.engine.loading import Job, Loader
 from loraserve.engine.residency import Entry, Residency
-from loraserve.errors import LoraserveError
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec, Term
 from loraserve.registry import Registry
@@ -237,7 +236,7 @@ class AdapterCache:
                 self.load_seconds += job.seconds
                 self._table.entries[job.name] = Entry(job.name, job.signature, job.adapter)
             if not job.outdated:
-                self._resize(job.name, job.size)
+                self._update(job)
             for lease in list(self._line):
                 lease.error = self._table.oversize(lease.sizes) or (
                     None if job.outdated or job.name not in lease.sizes else job.error
@@ -257,10 +256,11 @@ class AdapterCache:
             if lease.on_failure is not None and lease.error is not None:
                 lease.on_failure(lease.error)
 
-    def _resize(self, name: str, size: int) -> None:
-        """A version that was published meanwhile may be of another size than the one asked for."""
+    def _update(self, job: Job) -> None:
+        """What was published since somebody joined the line is what it waits for now."""
         for lease in self._line:
-            if name in lease.sizes:
-                lease.sizes[name] = size
-        if name in self._table.pinned:
-            self._table.pinned[name] = size
+            if job.name in lease.sizes:
+                lease.sizes[job.name] = job.size
+                lease.signatures[job.name] = job.signature
+        if job.name in self._table.pinned:
+            self._table.pinned[job.name] = job.size

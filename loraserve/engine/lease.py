@@ -24,7 +24,7 @@ class Lease:
     sizes: dict[str, int]
     """Bytes on the device, by name."""
     signatures: dict[str, object]
-    """Of the files as they were when the claim was made."""
+    """Of the files as they were when the claim was made, or when they were last read while it was in line."""
     error: LoraserveError | None = None
     on_failure: Callable[[LoraserveError], None] | None = None
     held: list[Entry] = field(default_factory=list)

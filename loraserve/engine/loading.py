@@ -1,4 +1,4 @@
-"""One load of an adapter, in a thread that ends with it (see `kernels/threads.py`). Knows nothing of who waits for it."""
+"""One load of an adapter, in a thread that ends with it (see `kernels/threads.py`). Knows nothing of who waits."""
 
 import logging
 import threading

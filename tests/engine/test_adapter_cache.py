@@ -11,6 +11,7 @@ import torch
 
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
+from loraserve.engine.adapter_tiers import AdapterTiers
 from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Service
@@ -336,6 +337,28 @@ def test_with_two_tiers_the_disk_is_read_ahead_of_room_on_the_device(base: Base,
         assert cache.names() == ["n1"] and leases[0].take() is None
     with cache._changed:
         assert cache._changed.wait_for(lambda: leases[0].peek() is not None, timeout=30)
+
+
+def test_what_is_republished_before_its_turn_is_read_ahead_once(
+    base: Base, many: Registry, random_adapter, monkeypatch
+) -> None:
+    reads = []
+    warm = AdapterTiers.warm
+    monkeypatch.setattr(AdapterTiers, "warm", lambda self, *args: reads.append(args[0]) or warm(self, *args))
+    room = many.load("n1").num_bytes
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, room, has_host=True)
+    with cache.hold(parse_spec("n1")):
+        lease = cache.lease(parse_spec("n2"))
+        publish(many, random_adapter, "n2", 6)  # of n2's size
+        lease.join()
+        with cache._changed:
+            assert cache._changed.wait_for(lambda: cache._job is None, timeout=10), "one load after another"
+        assert reads == ["n2"] and cache.host_bytes == room + many.load("n2").num_bytes
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: lease.peek() is not None, timeout=30)
+    ((adapter, _),) = lease.take()
+    for target, weight in many.load("n2").weights.items():
+        assert torch.equal(adapter.weights[target].B, weight.B)
 
 
 def test_on_one_tier_nothing_is_kept_twice(base: Base, many: Registry) -> None:
