@@ -18,6 +18,7 @@ from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
 from loraserve.engine.lease import Held, Lease
 from loraserve.engine.loading import Job, Loader
 from loraserve.engine.residency import Entry, Residency
+from loraserve.errors import NotReady
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec, Term
 from loraserve.registry import Registry
@@ -53,6 +54,7 @@ class AdapterCache:
         self._loader = Loader(registry, self._tiers, dtype.itemsize)
         self._table = Residency(capacity)
         self._line: dict[Lease, None] = {}  # who waits, in order of arrival
+        self._failed: list[Lease] = []  # who left the line by an error and must hear of it
         self._job: Job | None = None
         self._changed = threading.Condition()  # guards all of this
         self.num_changes = 0
@@ -122,6 +124,7 @@ class AdapterCache:
         with self._changed:
             if self._table.pinned.pop(name, None) is not None:
                 self._advance()
+        self._tell()
 
     def pinned(self) -> set[str]:
         with self._changed:
@@ -147,6 +150,7 @@ class AdapterCache:
             if found:
                 self._retire(name)
             self._advance()
+        self._tell()
         return found
 
     @property
@@ -175,6 +179,11 @@ class AdapterCache:
                 if job is not None and job.name == name and job.signature not in (None, signature):
                     job.outdated = True
             self._advance()
+            if (error := lease.error) is not None:
+                self._failed.remove(lease)  # it hears of it here
+        self._tell()
+        if error is not None:
+            raise error
 
     def _peek(self, lease: Lease) -> Held | None:
         with self._changed:
@@ -202,6 +211,7 @@ class AdapterCache:
                     self.on_evict(entry.adapter)
             lease.held = []
             self._advance()
+        self._tell()
 
     def _retire(self, name: str) -> None:
         entry = self._table.retire(name)
@@ -209,10 +219,16 @@ class AdapterCache:
             self.on_evict(entry.adapter)
 
     def _advance(self) -> None:
-        """Begin the next load, if there is one and room for it."""
-        if self._job is None and (job := self._next_job()) is not None:
+        """Begin the next load, if there is one and room for it; who needs it fails if it cannot even begin."""
+        while self._job is None and (job := self._next_job()) is not None:
             self._job = job
-            self._loader.start(job, self._ended)
+            try:
+                self._loader.start(job, self._ended)
+            except (RuntimeError, MemoryError) as fault:
+                job.error = NotReady(f"adapter {job.name!r} cannot be loaded now ({fault}); try again in a moment")
+                self._settle(job)
+                for gone in job.dropped:
+                    self.on_evict(gone)
 
     def _next_job(self) -> Job | None:
         if (choice := self._table.choose(lease.sizes for lease in self._line)) is not None:
@@ -227,31 +243,39 @@ class AdapterCache:
         return None
 
     def _ended(self, job: Job) -> None:
-        """See who can go on after a load, who has failed, and what to load next."""
         with self._changed:
-            self._job = None
-            failed: list[Lease] = []
-            if job.adapter is not None and not job.outdated:
-                self.num_loads += 1
-                self.load_seconds += job.seconds
-                self._table.entries[job.name] = Entry(job.name, job.signature, job.adapter)
-            if not job.outdated:
-                self._update(job)
-            for lease in list(self._line):
-                lease.error = self._table.oversize(lease.sizes) or (
-                    None if job.outdated or job.name not in lease.sizes else job.error
-                )
-                if lease.error is not None:
-                    failed.append(lease)
-                    del self._line[lease]
-            if job.error is not None and not job.outdated and self._table.pinned.pop(job.name, None) is not None:
-                log.warning("adapter %r is no longer pinned: %s", job.name, job.error)
-            self.num_changes += 1
-            self._changed.notify_all()
+            self._settle(job)
             self._advance()
         for gone in job.dropped:  # not before, so that the engine changes its set of adapters once
             self.on_evict(gone)
         self.on_change()
+        self._tell()
+
+    def _settle(self, job: Job) -> None:
+        """See who can go on after a load, and who has failed."""
+        self._job = None
+        if job.adapter is not None and not job.outdated:
+            self.num_loads += 1
+            self.load_seconds += job.seconds
+            self._table.entries[job.name] = Entry(job.name, job.signature, job.adapter)
+        if not job.outdated:
+            self._update(job)
+        for lease in list(self._line):
+            lease.error = self._table.oversize(lease.sizes) or (
+                None if job.outdated or job.name not in lease.sizes else job.error
+            )
+            if lease.error is not None:
+                self._failed.append(lease)
+                del self._line[lease]
+        if job.error is not None and not job.outdated and self._table.pinned.pop(job.name, None) is not None:
+            log.warning("adapter %r is no longer pinned: %s", job.name, job.error)
+        self.num_changes += 1
+        self._changed.notify_all()
+
+    def _tell(self) -> None:
+        """Let those know that have failed; not while the lock is held, for who hears of it may hold others."""
+        with self._changed:
+            failed, self._failed = self._failed, []
         for lease in failed:
             if lease.on_failure is not None and lease.error is not None:
                 lease.on_failure(lease.error)
@@ -261,6 +285,6 @@ class AdapterCache:
         for lease in self._line:
             if job.name in lease.sizes:
                 lease.sizes[job.name] = job.size
-                lease.signatures[job.name] = job.signature
+                lease.signatures[job.name] = job.signature or lease.signatures[job.name]
         if job.name in self._table.pinned:
             self._table.pinned[job.name] = job.size

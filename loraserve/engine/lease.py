@@ -32,7 +32,11 @@ class Lease:
     """`cache.num_changes` when something was last found missing."""
 
     def join(self, on_failure: Callable[[LoraserveError], None] | None = None) -> None:
-        """Enter the line. `on_failure` hears, in any thread, that an adapter turned out to be unusable."""
+        """Enter the line. `on_failure` hears, in any thread, that an adapter turned out to be unusable.
+
+        Raises:
+            NotReady: no load can begin.
+        """
         self.on_failure = on_failure
         self.cache._join(self)
 

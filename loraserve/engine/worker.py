@@ -44,7 +44,7 @@ class Worker:
         self._max_requests = max_requests
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[Sequence, queue.SimpleQueue[Event]] = {}
-        self._lock = threading.Lock()  # guards _outboxes and _failure
+        self._lock = threading.RLock()  # guards _outboxes and _failure; who joins may have to fail others
         self._failure: str | None = "the engine is not started"
         self.num_submitted = 0
         """Sequences accepted since the start."""
@@ -73,7 +73,7 @@ class Worker:
 
         Raises:
             QueueFull: `max_requests` are in flight.
-            NotReady: the engine is not running.
+            NotReady: the engine is not running, or cannot load adapters now.
         """
         outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         with self._lock:
@@ -82,9 +82,14 @@ class Worker:
             if len(self._outboxes) >= self._max_requests:
                 raise QueueFull(f"all {self._max_requests} places are taken; try again in a moment")
             self._outboxes[sequence] = outbox
+            try:
+                if sequence.lease is not None:  # with the lock held, so that adapters come in the order of the queue
+                    sequence.lease.join(lambda error: self.fail(sequence, error))
+            except BaseException:
+                self._outboxes.pop(sequence, None)
+                self._let_go(sequence)
+                raise
             self.num_submitted += 1
-            if sequence.lease is not None:  # with the lock held, so that adapters come in the order of the queue
-                sequence.lease.join(lambda error: self.fail(sequence, error))
             self._inbox.put(lambda: self._engine.add(sequence))
         return outbox
 
@@ -169,9 +174,13 @@ class Worker:
             waiting, self._outboxes = self._outboxes, {}
         for sequence, outbox in waiting.items():
             outbox.put(NotReady(reason))
-            if sequence.lease is not None:
-                sequence.lease.release()
+            self._let_go(sequence)
         while not self._inbox.empty():  # calls that came too late must not wait for ever
             command = self._inbox.get()
             if isinstance(command, _Call):
                 command.future.set_exception(NotReady(reason))
+
+    @staticmethod
+    def _let_go(sequence: Sequence) -> None:
+        if sequence.lease is not None:
+            sequence.lease.release()

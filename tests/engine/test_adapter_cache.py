@@ -361,6 +361,35 @@ def test_what_is_republished_before_its_turn_is_read_ahead_once(
         assert torch.equal(adapter.weights[target].B, weight.B)
 
 
+def test_a_load_that_cannot_begin_fails_who_needs_it_and_the_next_one_begins(make, many, alone, monkeypatch) -> None:
+    service = make(adapter_memory=largest(many))
+    start, full = threading.Thread.start, []
+
+    def begin(thread: threading.Thread) -> None:
+        if full and thread.name == "loraserve-loader":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    full.append(True)
+    with pytest.raises(NotReady, match="try again"):
+        ask(service, "n1")
+    with pytest.raises(NotReady, match="try again"):
+        service.pin("n1")
+    assert settle(service)["requests_waiting"] == service.stats()["adapters_waiting"] == 0
+    full.clear()
+    with service.adapters.hold(parse_spec("n3")):
+        waiting, running = ask(service, "n5"), ask(service, "n3", LONG)
+        assert tokens(running)
+        full.append(True)
+    with pytest.raises(NotReady, match="try again"):
+        tokens(waiting)
+    assert tokens(ask(service, "base")) == alone["base"]
+    full.clear()
+    assert tokens(ask(service, "n1")) == alone["n1"]
+    assert settle(service)["adapters_waiting"] == 0
+
+
 def test_on_one_tier_nothing_is_kept_twice(base: Base, many: Registry) -> None:
     cache = AdapterCache(many, torch.device("cpu"), torch.float32, 1 << 30)
     cache.resolve(parse_spec("n1"))
