@@ -17,7 +17,7 @@ import torch
 from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
 from loraserve.engine.lease import Held, Lease
 from loraserve.engine.loading import Job, Loader
-from loraserve.engine.residency import Entry, Residency
+from loraserve.engine.residency import Choice, Entry, Residency
 from loraserve.errors import NotReady
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec, Term
@@ -59,6 +59,8 @@ class AdapterCache:
         self._changed = threading.Condition()  # guards all of this
         self.num_changes = 0
         """Grows whenever somebody in line may go on."""
+        self.short_of_room = False
+        """Whether what is missing has no room, if anything is missing, until some who hold others end."""
         self.num_loads = self.num_evictions = 0
         self.load_seconds = 0.0
         self.on_change: Callable[[], None] = lambda: None
@@ -220,7 +222,11 @@ class AdapterCache:
 
     def _advance(self) -> None:
         """Begin the next load, if there is one and room for it; who needs it fails if it cannot even begin."""
-        while self._job is None and (job := self._next_job()) is not None:
+        while self._job is None or self._job.to_host:
+            choice = self._table.choose(lease.sizes for lease in self._line)
+            self.short_of_room = choice is None
+            if self._job is not None or (job := self._next_job(choice)) is None:
+                return
             self._job = job
             try:
                 self._loader.start(job, self._ended)
@@ -230,8 +236,8 @@ class AdapterCache:
                 for gone in job.dropped:
                     self.on_evict(gone)
 
-    def _next_job(self) -> Job | None:
-        if (choice := self._table.choose(lease.sizes for lease in self._line)) is not None:
+    def _next_job(self, choice: Choice | None) -> Job | None:
+        if choice is not None:
             dropped = tuple(entry.adapter for entry in self._table.make_room(choice))
             self.num_evictions += len(dropped)
             return Job(choice.name, choice.size, dropped=dropped)

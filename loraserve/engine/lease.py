@@ -44,6 +44,11 @@ class Lease:
         """The adapters if all are on the device; cheap while nothing changes."""
         return None if self.seen == self.cache.num_changes else self.cache._peek(self)
 
+    @property
+    def short_of_room(self) -> bool:
+        """Whether the line waits for those who hold adapters to end, and not for a load."""
+        return self.cache.short_of_room
+
     def take(self) -> Held | None:
         """The same, held from now on."""
         return self.cache._take(self)

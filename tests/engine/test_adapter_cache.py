@@ -174,6 +174,28 @@ def test_others_go_on_while_a_load_stands_still(make, alone, monkeypatch) -> Non
     assert tokens(stuck) == alone["n2"]
 
 
+@pytest.mark.parametrize("has_host", [False, True])
+def test_the_line_knows_a_lack_of_room_from_a_slow_load(base: Base, many: Registry, monkeypatch, has_host) -> None:
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, many.load("n3").num_bytes, has_host=has_host)
+    with cache.hold(parse_spec("n3")):
+        gate = Gate(monkeypatch, "n0")
+        lease = cache.lease(parse_spec("n0"))
+        lease.join()
+        assert lease.short_of_room, "whatever is read ahead meanwhile"
+        assert not has_host or gate.reached.wait(30)
+    assert gate.reached.wait(30) and lease.peek() is None
+    assert not lease.short_of_room, "only the disk is slow"
+    gate.open.set()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: lease.take() is not None, timeout=30)
+    later = cache.lease(parse_spec("n7"))
+    later.join()
+    assert later.short_of_room
+    lease.release()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: later.take() is not None, timeout=30)
+
+
 def test_a_cancelled_request_leaves_the_line_and_stopping_fails_those_in_it(make, alone, monkeypatch) -> None:
     service = make()
     gate = Gate(monkeypatch, "n2")
