@@ -224,7 +224,9 @@ class AdapterCache:
         """Begin the next load, if there is one and room for it; who needs it fails if it cannot even begin."""
         while self._job is None or self._job.to_host:
             choice = self._table.choose(lease.sizes for lease in self._line)
-            self.short_of_room = choice is None
+            was_short, self.short_of_room = self.short_of_room, choice is None
+            if was_short and choice is not None:
+                self.on_change()  # others need not wait for a load
             if self._job is not None or (job := self._next_job(choice)) is None:
                 return
             self._job = job

@@ -210,6 +210,25 @@ def test_a_cancelled_request_leaves_the_line_and_stopping_fails_those_in_it(make
     gate.open.set()
 
 
+def test_a_crash_of_the_engine_frees_the_adapters_even_of_requests_that_are_being_cancelled(make, many) -> None:
+    service = make(adapter_memory=largest(many))
+    running, waiting = ask(service, "n3", LONG), ask(service, "n7")
+    next(running)
+
+    def crash() -> None:
+        running.cancel()
+        waiting.cancel()
+        raise ZeroDivisionError("a bug")
+
+    service._worker.post(crash)
+    service._worker._thread.join(30)
+    assert not service.ready and service.stats()["adapters_waiting"] == 0
+    assert all(entry.users == 0 for entry in service.adapters._table.entries.values())
+    service.adapters.pin("n7")  # there is room for it, and nobody waits for ever
+    with pytest.raises(NotReady, match="crashed"):
+        service.pin("n7")
+
+
 def damage(registry: Registry, name: str) -> None:
     """Change a byte of the weights, which only reading them all reveals."""
     file = registry.get(name).path / "adapter_model.safetensors"
