@@ -266,7 +266,9 @@ class AdapterCache:
             self.num_loads += 1
             self.load_seconds += job.seconds
             self._table.entries[job.name] = Entry(job.name, job.signature, job.adapter)
-        if not job.outdated:
+        if job.outdated:
+            self._tiers.forget(job.name)
+        else:
             self._update(job)
         for lease in list(self._line):
             lease.error = self._table.oversize(lease.sizes) or (

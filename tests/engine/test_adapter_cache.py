@@ -380,6 +380,22 @@ def test_with_two_tiers_the_disk_is_read_ahead_of_room_on_the_device(base: Base,
         assert cache._changed.wait_for(lambda: leases[0].peek() is not None, timeout=30)
 
 
+def test_an_adapter_dropped_while_it_is_loaded_leaves_no_copy(base: Base, many: Registry, monkeypatch) -> None:
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, many.load("n1").num_bytes, has_host=True)
+    gate = Gate(monkeypatch, "n2")
+    lease = cache.lease(parse_spec("n2"))
+    lease.join()
+    assert gate.reached.wait(30)
+    lease.release()
+    cache.drop("n2")
+    gate.open.set()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: cache._job is None, timeout=30)
+    assert cache.names() == [] and cache.host_bytes == cache.num_bytes == 0
+    cache.resolve(parse_spec("n2"))
+    assert cache.host_bytes == many.load("n2").num_bytes
+
+
 def test_what_is_republished_before_its_turn_is_read_ahead_once(
     base: Base, many: Registry, random_adapter, monkeypatch
 ) -> None:

@@ -309,6 +309,27 @@ def test_vllms_load_and_unload(client: FlaskClient, second: Path) -> None:
     assert says(client, "bard") == text_of("poet")
 
 
+@pytest.mark.parametrize("what", ["pin", "merge"])
+def test_unloading_wins_over_what_was_asked_for_before_it(
+    client: FlaskClient, service: Service, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    begin = getattr(service, what)
+
+    def queued(name: str) -> object:
+        """As if it had waited behind another while the adapter was unloaded."""
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+        return begin(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, what, queued)
+        if what == "pin":
+            response = client.patch("/v1/adapters/pirate", json={"pinned": True})
+        else:
+            response = client.post("/v1/adapters/pirate/merge")
+    expect(response, 404, "adapter_not_found", None)
+    assert not service.is_pinned("pirate") and not service.is_loaded("pirate") and not service.merges.current()
+
+
 def test_an_unloaded_adapter_keeps_its_files_and_can_come_back(client: FlaskClient, service: Service) -> None:
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "pirate"}).status_code == 200
     assert ask(client, "pirate").status_code == 404 and "pirate" not in names(client)
