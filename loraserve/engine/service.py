@@ -184,7 +184,11 @@ class Service:
         return name in self.adapters.pinned()
 
     def pin(self, name: str) -> None:
-        """Bring an adapter to the device's memory and keep it there; raises as `AdapterCache.pin` does."""
+        """Bring an adapter to the device's memory and keep it there.
+
+        Raises as `AdapterCache.pin` does; NotReady if the engine is not running.
+        """
+        self._worker.check_ready()
         self.adapters.pin(name)
 
     def unpin(self, name: str) -> None:
