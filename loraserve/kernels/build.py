@@ -46,7 +46,7 @@ class Library:
     quick: ctypes.PyDLL
     """Keeps the interpreter's lock: a call of microseconds would take longer to fight for it than it runs."""
     long: ctypes.CDLL
-    """Lets other threads run meanwhile: a prompt's products take milliseconds."""
+    """Lets other threads run meanwhile, those that send the last step's tokens above all."""
 
 
 @functools.cache

@@ -65,10 +65,10 @@ class PackedWeight:
         assert x.dtype == self._dtype and k == self.in_features
         y = torch.empty(m, n, dtype=x.dtype)
         if self._scale is None:
-            cpu.call("multiply", x.dtype, x, self.weight, y, m, k, n, rows=m)
+            cpu.call("multiply", x.dtype, x, self.weight, y, m, k, n)
         else:
             scratch = torch.empty(m + m * k // 4)
-            cpu.call("multiply_int8", x.dtype, x, self.weight, self._scale, self._sum, y, m, k, n, scratch, rows=m)
+            cpu.call("multiply_int8", x.dtype, x, self.weight, self._scale, self._sum, y, m, k, n, scratch)
         return y
 
 
