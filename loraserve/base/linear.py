@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraserve.errors import InvalidRequest
-from loraserve.kernels import dispatch, gemm
+from loraserve.kernels import gemm
 from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
@@ -89,10 +89,9 @@ class Joint(nn.Module):
         kernels = on_cpu and gemm.available(weight.dtype, weight.shape[1])
         if int8 and not kernels:
             raise InvalidRequest("dtype int8 needs a CPU, a C compiler and layers of 16·n inputs", param="dtype")
-        if repeatable and not kernels and (on_cpu or dispatch.of(weight.device, weight.dtype) is None):
+        if repeatable and on_cpu and not kernels:
             raise InvalidRequest(
-                f"deterministic needs {'a C compiler' if on_cpu else 'Triton'}, and float32 or bfloat16 rather than "
-                f"{str(weight.dtype).removeprefix('torch.')}; install it, change --dtype, or leave it out",
+                "deterministic needs a C compiler and layers of 16·n inputs; leave --deterministic out",
                 param="deterministic",
             )
         self.num_bytes = weight.nbytes

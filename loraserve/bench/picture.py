@@ -47,7 +47,9 @@ def serve_picture(result: Mapping[str, Any]) -> bytes:
         panels[0].set_ylabel(_title(case), rotation=0, ha="right", va="center", labelpad=8, fontsize=9, weight="bold")
         panels[1].set_yticklabels([])
         if case["kind"] not in OWN_SCALE:
-            panels[0].set_xlim(panels[1].get_xlim())
+            furthest = max(axes.get_xlim()[1] for axes in panels)
+            for axes in panels:
+                axes.set_xlim(0, furthest)
     _footer(figure, result)
     return _png(figure)
 

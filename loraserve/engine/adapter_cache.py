@@ -11,37 +11,23 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 
 from loraserve.engine.adapter_tiers import AdapterTiers, serving_dtype
 from loraserve.engine.lease import Held, Lease
-from loraserve.engine.residency import Entry, Residency
-from loraserve.errors import LoraserveError
+from loraserve.engine.loading import Job, Loader
+from loraserve.engine.residency import Choice, Entry, Residency
+from loraserve.errors import NotReady
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.spec import Spec, Term
-from loraserve.registry import Record, Registry
+from loraserve.registry import Registry
 
 __all__ = ["AdapterCache", "serving_dtype"]
 
 log = logging.getLogger(__name__)
 HOST_SHARE = 4
 """Copies in the host's memory may take so many times the bytes of the device's."""
-
-
-@dataclass(eq=False)
-class _Job:
-    """A load under way; outdated if other files were asked for since it began to read."""
-
-    name: str
-    size: int
-    to_host: bool = False
-    signature: object = None
-    outdated: bool = False
-    dropped: tuple[Adapter, ...] = ()
-    """To make room for it."""
 
 
 class AdapterCache:
@@ -64,14 +50,17 @@ class AdapterCache:
     ) -> None:
         dtype = serving_dtype(dtype)
         self._registry = registry
-        self._itemsize = dtype.itemsize
         self._tiers = AdapterTiers(registry, device, dtype, host_capacity or HOST_SHARE * capacity, has_host)
+        self._loader = Loader(registry, self._tiers, dtype.itemsize)
         self._table = Residency(capacity)
         self._line: dict[Lease, None] = {}  # who waits, in order of arrival
-        self._job: _Job | None = None
+        self._failed: list[Lease] = []  # who left the line by an error and must hear of it
+        self._job: Job | None = None
         self._changed = threading.Condition()  # guards all of this
         self.num_changes = 0
         """Grows whenever somebody in line may go on."""
+        self.short_of_room = False
+        """Whether what is missing has no room, if anything is missing, until some who hold others end."""
         self.num_loads = self.num_evictions = 0
         self.load_seconds = 0.0
         self.on_change: Callable[[], None] = lambda: None
@@ -90,7 +79,7 @@ class AdapterCache:
         used = [(term, record) for term, record in records if term.scale]
         if not used:
             return None
-        sizes = {term.name: self._size_of(record) for term, record in used}
+        sizes = {term.name: self._loader.size_of(record) for term, record in used}
         if problem := self._table.oversize(sizes):
             raise problem
         weights = {term.name: term.scale for term, _ in used}
@@ -126,7 +115,7 @@ class AdapterCache:
             AdapterNotFound, AdapterRefused: it cannot be used.
             Conflict: the pinned adapters together would be larger than the memory for adapters.
         """
-        size = self._size_of(self._registry.get(name))
+        size = self._loader.size_of(self._registry.get(name))
         with self._changed:
             self._table.pinned_with(name, size)
         with self.hold((Term(name),)) as held, self._changed:
@@ -137,6 +126,7 @@ class AdapterCache:
         with self._changed:
             if self._table.pinned.pop(name, None) is not None:
                 self._advance()
+        self._tell()
 
     def pinned(self) -> set[str]:
         with self._changed:
@@ -162,6 +152,7 @@ class AdapterCache:
             if found:
                 self._retire(name)
             self._advance()
+        self._tell()
         return found
 
     @property
@@ -190,6 +181,11 @@ class AdapterCache:
                 if job is not None and job.name == name and job.signature not in (None, signature):
                     job.outdated = True
             self._advance()
+            if (error := lease.error) is not None:
+                self._failed.remove(lease)  # it hears of it here
+        self._tell()
+        if error is not None:
+            raise error
 
     def _peek(self, lease: Lease) -> Held | None:
         with self._changed:
@@ -217,6 +213,7 @@ class AdapterCache:
                     self.on_evict(entry.adapter)
             lease.held = []
             self._advance()
+        self._tell()
 
     def _retire(self, name: str) -> None:
         entry = self._table.retire(name)
@@ -224,75 +221,80 @@ class AdapterCache:
             self.on_evict(entry.adapter)
 
     def _advance(self) -> None:
-        """Begin the next load, if there is one and room for it."""
-        if self._job is None and (job := self._next_job()) is not None:
+        """Begin the next load, if there is one and room for it; who needs it fails if it cannot even begin."""
+        while self._job is None or self._job.to_host:
+            choice = self._table.choose(lease.sizes for lease in self._line)
+            was_short, self.short_of_room = self.short_of_room, choice is None
+            if was_short and choice is not None:
+                self.on_change()  # others need not wait for a load
+            if self._job is not None or (job := self._next_job(choice)) is None:
+                return
             self._job = job
-            threading.Thread(target=self._run, args=(job,), name="loraserve-loader", daemon=True).start()
+            try:
+                self._loader.start(job, self._ended)
+            except (RuntimeError, MemoryError) as fault:
+                job.error = NotReady(f"adapter {job.name!r} cannot be loaded now ({fault}); try again in a moment")
+                self._settle(job)
+                for gone in job.dropped:
+                    self.on_evict(gone)
 
-    def _next_job(self) -> _Job | None:
-        if (choice := self._table.choose(lease.sizes for lease in self._line)) is not None:
+    def _next_job(self, choice: Choice | None) -> Job | None:
+        if choice is not None:
             dropped = tuple(entry.adapter for entry in self._table.make_room(choice))
             self.num_evictions += len(dropped)
-            return _Job(choice.name, choice.size, dropped=dropped)
+            return Job(choice.name, choice.size, dropped=dropped)
         if self._tiers.has_host:  # the device is full: what will be wanted next can come nearer
             for lease in self._line:
                 for name, signature in lease.signatures.items():
                     if name not in self._table.entries and self._tiers.has_room_for(name, signature, lease.sizes[name]):
-                        return _Job(name, lease.sizes[name], to_host=True)
+                        return Job(name, lease.sizes[name], to_host=True)
         return None
 
-    def _run(self, job: _Job) -> None:
-        """Load, in a thread of its own; then see who can go on, who has failed, and what to load next."""
-        began, adapter, error = perf_counter(), None, None
-        try:
-            record = self._registry.get(job.name)
-            with self._changed:
-                job.signature = record.signature
-            if self._size_of(record) > job.size:
-                self._resize(job.name, self._size_of(record))
-            elif job.to_host:
-                self._tiers.warm(job.name, record.signature)
-            else:
-                adapter = self._tiers.fetch(job.name, record.signature)
-        except LoraserveError as refusal:
-            error = refusal
-        except Exception as fault:
-            log.exception("adapter %r could not be loaded", job.name)
-            error = LoraserveError(f"adapter {job.name!r} could not be loaded ({type(fault).__name__}: {fault})")
+    def _ended(self, job: Job) -> None:
         with self._changed:
-            self._job = None
-            failed: list[Lease] = []
-            if adapter is not None and not job.outdated:
-                self.num_loads += 1
-                self.load_seconds += perf_counter() - began
-                self._table.entries[job.name] = Entry(job.name, job.signature, adapter)
-            for lease in list(self._line):
-                lease.error = self._table.oversize(lease.sizes) or (
-                    None if job.outdated or job.name not in lease.sizes else error
-                )
-                if lease.error is not None:
-                    failed.append(lease)
-                    del self._line[lease]
-            if error is not None and not job.outdated and self._table.pinned.pop(job.name, None) is not None:
-                log.warning("adapter %r is no longer pinned: %s", job.name, error)
-            self.num_changes += 1
-            self._changed.notify_all()
+            self._settle(job)
             self._advance()
         for gone in job.dropped:  # not before, so that the engine changes its set of adapters once
             self.on_evict(gone)
         self.on_change()
+        self._tell()
+
+    def _settle(self, job: Job) -> None:
+        """See who can go on after a load, and who has failed."""
+        self._job = None
+        if job.adapter is not None and not job.outdated:
+            self.num_loads += 1
+            self.load_seconds += job.seconds
+            self._table.entries[job.name] = Entry(job.name, job.signature, job.adapter)
+        if job.outdated:
+            self._tiers.forget(job.name)
+        else:
+            self._update(job)
+        for lease in list(self._line):
+            lease.error = self._table.oversize(lease.sizes) or (
+                None if job.outdated or job.name not in lease.sizes else job.error
+            )
+            if lease.error is not None:
+                self._failed.append(lease)
+                del self._line[lease]
+        if job.error is not None and not job.outdated and self._table.pinned.pop(job.name, None) is not None:
+            log.warning("adapter %r is no longer pinned: %s", job.name, job.error)
+        self.num_changes += 1
+        self._changed.notify_all()
+
+    def _tell(self) -> None:
+        """Let those know that have failed; not while the lock is held, for who hears of it may hold others."""
+        with self._changed:
+            failed, self._failed = self._failed, []
         for lease in failed:
             if lease.on_failure is not None and lease.error is not None:
                 lease.on_failure(lease.error)
 
-    def _resize(self, name: str, size: int) -> None:
-        """A version that was published meanwhile is larger than the one asked for."""
-        with self._changed:
-            for lease in self._line:
-                if name in lease.sizes:
-                    lease.sizes[name] = size
-            if name in self._table.pinned:
-                self._table.pinned[name] = size
-
-    def _size_of(self, record: Record) -> int:
-        return record.num_parameters * self._itemsize
+    def _update(self, job: Job) -> None:
+        """What was published since somebody joined the line is what it waits for now."""
+        for lease in self._line:
+            if job.name in lease.sizes:
+                lease.sizes[job.name] = job.size
+                lease.signatures[job.name] = job.signature or lease.signatures[job.name]
+        if job.name in self._table.pinned:
+            self._table.pinned[job.name] = job.size

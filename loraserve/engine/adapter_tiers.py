@@ -48,7 +48,6 @@ class AdapterTiers:
         self._host: OrderedDict[str, tuple[object, Packed]] = OrderedDict()  # name -> (files' signature, copy)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.num_disk_loads = 0
 
     @property
     def host_bytes(self) -> int:
@@ -86,7 +85,6 @@ class AdapterTiers:
                 self._host.move_to_end(name)
                 return held[1]
         packed = Packed.of(self._registry.load(name), self._dtype, pinned=self._device.type == "cuda")
-        self.num_disk_loads += 1
         if self.has_host:
             with self._lock:
                 self._host.pop(name, None)

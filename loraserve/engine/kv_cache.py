@@ -4,6 +4,8 @@ Layout per layer: (slots, KV, max_model_len, D). A slot's history is one strided
 the memory of positions that are never reached is never touched, and so costs nothing on a CPU.
 """
 
+import math
+import mmap
 from collections.abc import Sequence as List
 
 import torch
@@ -22,9 +24,8 @@ class KVCache:
         self, config: ModelConfig, num_slots: int, max_model_len: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (num_slots, config.num_key_value_heads, max_model_len, config.head_dim)
-        # Zeros, not empty: a masked position still meets the product 0 · value.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self.num_slots = num_slots
         self.max_model_len = max_model_len
 
@@ -41,6 +42,14 @@ class KVCache:
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros, for a masked position still meets the product 0 · value. On a CPU only what is written takes memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would write every page
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class CachedAttention:

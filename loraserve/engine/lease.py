@@ -24,7 +24,7 @@ class Lease:
     sizes: dict[str, int]
     """Bytes on the device, by name."""
     signatures: dict[str, object]
-    """Of the files as they were when the claim was made."""
+    """Of the files as they were when the claim was made, or when they were last read while it was in line."""
     error: LoraserveError | None = None
     on_failure: Callable[[LoraserveError], None] | None = None
     held: list[Entry] = field(default_factory=list)
@@ -32,13 +32,22 @@ class Lease:
     """`cache.num_changes` when something was last found missing."""
 
     def join(self, on_failure: Callable[[LoraserveError], None] | None = None) -> None:
-        """Enter the line. `on_failure` hears, in any thread, that an adapter turned out to be unusable."""
+        """Enter the line. `on_failure` hears, in any thread, that an adapter turned out to be unusable.
+
+        Raises:
+            NotReady: no load can begin.
+        """
         self.on_failure = on_failure
         self.cache._join(self)
 
     def peek(self) -> Held | None:
         """The adapters if all are on the device; cheap while nothing changes."""
         return None if self.seen == self.cache.num_changes else self.cache._peek(self)
+
+    @property
+    def short_of_room(self) -> bool:
+        """Whether the line waits for those who hold adapters to end, and not for a load."""
+        return self.cache.short_of_room
 
     def take(self) -> Held | None:
         """The same, held from now on."""

@@ -145,7 +145,8 @@ def _answer(
     room = [min(MAX_TOKENS, limit - len(prompt)) for prompt in prompts]
     longest = max(len(prompt) + more for prompt, more in zip(prompts, room, strict=True))
     cache = KVCache(base.config, len(prompts), longest, base.device, base.dtype)
-    engine = Engine(Runner(base.model, cache), Scheduler(Slots(len(prompts)), len(prompts), 512, max(len(adapters), 1)))
+    runner = Runner(base.model, cache, *(base.model.packing or (False, False)))  # as it serves
+    engine = Engine(runner, Scheduler(Slots(len(prompts)), len(prompts), 512, max(len(adapters), 1)))
     sequences = [
         Sequence(prompt, greedy, more, adapters, base.eos_ids) for prompt, more in zip(prompts, room, strict=True)
     ]

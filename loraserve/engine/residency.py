@@ -34,7 +34,6 @@ class Choice:
     name: str
     size: int
     kept: frozenset[str]
-    sparing_pinned: bool
 
 
 class Residency:
@@ -90,13 +89,12 @@ class Residency:
             if missing:
                 pins = self._pinned_beside(kept)
                 spare = pins + sum(self.pinned.get(n, 0) for n in kept - sizes.keys()) + sum(sizes.values())
-                sparing = spare <= self.capacity
-                if needed + (pins if sparing else 0) > self.capacity:
+                if needed + (pins if spare <= self.capacity else 0) > self.capacity:
                     return None
-                return Choice(missing[0], sizes[missing[0]], frozenset(kept), sparing)
+                return Choice(missing[0], sizes[missing[0]], frozenset(kept))
         for name, size in self.pinned.items():
             if name not in self.entries and needed + self._pinned_beside(kept) + size <= self.capacity:
-                return Choice(name, size, frozenset(kept), True)
+                return Choice(name, size, frozenset(kept))
         return None
 
     def make_room(self, choice: Choice) -> list[Entry]:

@@ -13,6 +13,8 @@ from loraserve.engine.kv_cache import CachedAttention, KVCache
 from loraserve.engine.sampler import sample
 from loraserve.engine.scheduler import Chunk
 from loraserve.engine.sequence import Sequence, Token
+from loraserve.errors import InvalidRequest
+from loraserve.kernels import dispatch
 from loraserve.kernels.threads import apart
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
@@ -36,6 +38,15 @@ class Runner:
     def __init__(self, model: Model, cache: KVCache, int8: bool = False, deterministic: bool = False) -> None:
         self._model = model
         self._deterministic = deterministic
+        weight, head_dim = model.model.embed_tokens.weight, model.config.head_dim
+        assert isinstance(weight, torch.Tensor)
+        if deterministic and dispatch.of(weight.device, weight.dtype, head_dim) is None:
+            raise InvalidRequest(
+                f"deterministic needs the kernels, and there are none for {str(weight.dtype).removeprefix('torch.')} "
+                f"with heads of {head_dim} on this machine: a CPU needs a C compiler and heads of 16·n up to 256, "
+                "a GPU Triton; leave --deterministic out",
+                param="deterministic",
+            )
         apart(model.pack, int8, deterministic)
         self._cache = cache
         self._device = model.lm_head.weight.device

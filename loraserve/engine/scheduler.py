@@ -11,7 +11,7 @@ from loraserve.engine.sequence import Sequence
 from loraserve.engine.slots import Copy, Slots
 
 PATIENCE = 2.0
-"""Seconds for which others may overtake a sequence whose adapters are missing or too many; then everybody waits."""
+"""Seconds for which others may overtake a sequence whose adapters have no room; then everybody waits."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Scheduler:
             if not self._equip(sequence, active):
                 passed_over.append(sequence)  # later ones may need none, or some that are here
                 sequence.turn = now if sequence.turn is None else sequence.turn
-                if now - sequence.turn >= PATIENCE:
-                    break
+                if now - sequence.turn >= PATIENCE and _lacks_room(sequence):
+                    break  # those who run end, and make room; a slow load would not be any faster for it
                 continue
             active |= {id(adapter) for adapter, _ in sequence.adapters}
             if copy := self._slots.take(sequence):
@@ -114,3 +114,9 @@ class Scheduler:
             sequence.adapters = taken or ()
             return taken is not None
         return True
+
+
+def _lacks_room(sequence: Sequence) -> bool:
+    """Whether a sequence that was passed over waits for others to end: for memory, or a place among the active."""
+    lease = sequence.lease
+    return lease is None or lease.peek() is not None or lease.short_of_room

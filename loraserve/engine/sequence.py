@@ -21,6 +21,10 @@ class Lease(Protocol):
     def peek(self) -> Weighted | None:
         """The adapters, None while one is missing."""
 
+    @property
+    def short_of_room(self) -> bool:
+        """Whether a missing one has no room until others end; else it is on its way."""
+
     def take(self) -> Weighted | None:
         """The same, which stay from now on."""
 

@@ -39,6 +39,8 @@ PREFIX_MEMORY = 1 << 29
 """Bytes of keys and values of ended requests; on a CPU only what is used is taken."""
 MERGE_MEMORY = 1 << 30
 """Bytes of merged layers on the device."""
+MAX_PREFIXES = 256
+"""Ended requests whose keys and values are kept at most: each newcomer is compared with all of them."""
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
@@ -93,7 +95,7 @@ class Service:
         self.registry = registry
         self.max_queue = max_queue
         self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
-        num_slots = self.max_num_seqs + prefix_memory // per_sequence
+        num_slots = self.max_num_seqs + min(prefix_memory // per_sequence, MAX_PREFIXES)
         self._slots = Slots(num_slots, share_prefixes=prefix_memory > 0)
         cache = apart(KVCache, base.config, num_slots, self.max_model_len, base.device, base.dtype)
         budget = max(MAX_BATCHED_TOKENS, self.max_num_seqs)
@@ -182,7 +184,11 @@ class Service:
         return name in self.adapters.pinned()
 
     def pin(self, name: str) -> None:
-        """Bring an adapter to the device's memory and keep it there; raises as `AdapterCache.pin` does."""
+        """Bring an adapter to the device's memory and keep it there.
+
+        Raises as `AdapterCache.pin` does; NotReady if the engine is not running.
+        """
+        self._worker.check_ready()
         self.adapters.pin(name)
 
     def unpin(self, name: str) -> None:

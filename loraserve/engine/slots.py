@@ -58,7 +58,7 @@ class Slots:
     @property
     def num_held(self) -> int:
         """Free slots that hold something."""
-        return sum(held is not None for held in self._free.values())
+        return sum(held is not None for held in list(self._free.values()))  # any thread asks
 
     def take(self, sequence: Sequence) -> Copy | None:
         """Give a slot to a sequence that has computed nothing; return the copy that must come before its first step.

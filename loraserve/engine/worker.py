@@ -32,6 +32,23 @@ class _Call:
             self.future.set_exception(error)
 
 
+class _Abort:
+    """The end of a sequence by its caller, or by an error of its own. Its adapters are free even if that crashes."""
+
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
+        self._engine = engine
+        self._sequence = sequence
+
+    def __call__(self) -> None:
+        try:
+            self._engine.abort(self._sequence)
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        _let_go(self._sequence)
+
+
 class Worker:
     """Runs an Engine in its own thread.
 
@@ -44,7 +61,7 @@ class Worker:
         self._max_requests = max_requests
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[Sequence, queue.SimpleQueue[Event]] = {}
-        self._lock = threading.Lock()  # guards _outboxes and _failure
+        self._lock = threading.RLock()  # guards _outboxes and _failure; who joins may have to fail others
         self._failure: str | None = "the engine is not started"
         self.num_submitted = 0
         """Sequences accepted since the start."""
@@ -57,6 +74,11 @@ class Worker:
     @property
     def num_requests(self) -> int:
         return len(self._outboxes)
+
+    def check_ready(self) -> None:
+        """Raise NotReady if the engine is not running."""
+        if self._failure is not None:
+            raise NotReady(self._failure)
 
     def start(self) -> None:
         self._failure = None
@@ -73,27 +95,28 @@ class Worker:
 
         Raises:
             QueueFull: `max_requests` are in flight.
-            NotReady: the engine is not running.
+            NotReady: the engine is not running, or cannot load adapters now.
         """
         outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         with self._lock:
-            if self._failure is not None:
-                raise NotReady(self._failure)
+            self.check_ready()
             if len(self._outboxes) >= self._max_requests:
                 raise QueueFull(f"all {self._max_requests} places are taken; try again in a moment")
             self._outboxes[sequence] = outbox
+            try:
+                if sequence.lease is not None:  # with the lock held, so that adapters come in the order of the queue
+                    sequence.lease.join(lambda error: self.fail(sequence, error))
+            except BaseException:
+                self._outboxes.pop(sequence, None)
+                _let_go(sequence)
+                raise
             self.num_submitted += 1
-            if sequence.lease is not None:  # with the lock held, so that adapters come in the order of the queue
-                sequence.lease.join(lambda error: self.fail(sequence, error))
             self._inbox.put(lambda: self._engine.add(sequence))
         return outbox
 
     def fail(self, sequence: Sequence, error: LoraserveError) -> None:
         """End a sequence by an error of its own. Harmless if it has ended."""
-        with self._lock:
-            outbox = self._outboxes.pop(sequence, None)
-        if outbox is not None:
-            self._inbox.put(lambda: self._engine.abort(sequence))
+        if (outbox := self._end(sequence)) is not None:
             outbox.put(error)
 
     def post(self, function: Callable[[], None]) -> None:
@@ -102,10 +125,7 @@ class Worker:
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence; nothing more arrives in its queue. Harmless if it has ended."""
-        with self._lock:
-            known = self._outboxes.pop(sequence, None) is not None
-        if known:
-            self._inbox.put(lambda: self._engine.abort(sequence))
+        self._end(sequence)
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the engine's thread between two steps and return its result.
@@ -115,10 +135,18 @@ class Worker:
         """
         call = _Call(function)
         with self._lock:
-            if self._failure is not None:
-                raise NotReady(self._failure)
+            self.check_ready()
             self._inbox.put(call)
         return call.future.result()
+
+    def _end(self, sequence: Sequence) -> "queue.SimpleQueue[Event] | None":
+        with self._lock:
+            outbox = self._outboxes.pop(sequence, None)
+            if (
+                outbox is not None
+            ):  # with the lock held, so that an engine that fails lets go of it one way or the other
+                self._inbox.put(_Abort(self._engine, sequence))
+        return outbox
 
     def _run(self) -> None:
         try:
@@ -169,9 +197,15 @@ class Worker:
             waiting, self._outboxes = self._outboxes, {}
         for sequence, outbox in waiting.items():
             outbox.put(NotReady(reason))
-            if sequence.lease is not None:
-                sequence.lease.release()
+            _let_go(sequence)
         while not self._inbox.empty():  # calls that came too late must not wait for ever
             command = self._inbox.get()
             if isinstance(command, _Call):
                 command.future.set_exception(NotReady(reason))
+            elif isinstance(command, _Abort):
+                command.let_go()
+
+
+def _let_go(sequence: Sequence) -> None:
+    if sequence.lease is not None:
+        sequence.lease.release()

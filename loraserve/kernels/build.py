@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,18 @@ SIGNATURES = {
 """Of each function in cpu.c and gemm.c: pointer, int64 or float per argument."""
 
 
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernels, to be called in two ways."""
+
+    quick: ctypes.PyDLL
+    """Keeps the interpreter's lock: a call of microseconds would take longer to fight for it than it runs."""
+    long: ctypes.CDLL
+    """Lets other threads run meanwhile, those that send the last step's tokens above all."""
+
+
 @functools.cache
-def library() -> ctypes.PyDLL | None:
+def library() -> Library | None:
     """The compiled kernels, or None where they cannot be had."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if os.environ.get("LORASERVE_KERNELS") == "off" or compiler is None:
@@ -52,19 +63,20 @@ def library() -> ctypes.PyDLL | None:
         return None
 
 
-def _load(compiler: str) -> ctypes.PyDLL:
+def _load(compiler: str) -> Library:
     path = _compiled(compiler)
     try:
-        # Calls take microseconds: a PyDLL keeps the interpreter's lock, for to fight to get it back would take longer.
-        found = ctypes.PyDLL(str(path))
+        ctypes.CDLL(str(path))
     except OSError:  # broken, by a full disk perhaps
         path.unlink(missing_ok=True)
-        found = ctypes.PyDLL(str(_compiled(compiler)))
+        path = _compiled(compiler)
+    found = Library(ctypes.PyDLL(str(path)), ctypes.CDLL(str(path)))
     for name, signature in SIGNATURES.items():
         for dtype in ("f32", "bf16"):
-            function = getattr(found, f"{name}_{dtype}")
-            function.restype = None
-            function.argtypes = [TYPES[letter] for letter in signature]
+            for handle in (found.quick, found.long):
+                function = getattr(handle, f"{name}_{dtype}")
+                function.restype = None
+                function.argtypes = [TYPES[letter] for letter in signature]
     return found
 
 

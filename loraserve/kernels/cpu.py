@@ -11,6 +11,8 @@ from torch import Tensor
 from loraserve.kernels.build import library
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+QUICK_ROWS = 32
+"""What a call does for so many rows takes microseconds; a matrix product always takes longer."""
 LANES, MAX_HEAD_DIM = 16, 256
 """Heads are read in vectors of so many numbers."""
 
@@ -27,7 +29,7 @@ def add_rms_norm(
     """Add y (N, D) to x (N, D) float32 in place and return the normed sum, times weight (D,) float32, in `dtype`."""
     out = torch.empty(x.shape, dtype=dtype)
     n, d = x.shape
-    call("add_rms_norm", dtype, x, y, weight, out, n, d, eps, int(cast_first))
+    call("add_rms_norm", dtype, x, y, weight, out, n, d, eps, int(cast_first), quick=n <= QUICK_ROWS)
     return out
 
 
@@ -50,7 +52,7 @@ def norm_and_rotate(
     """
     q_norm, k_norm = norms or (None, None)
     call("norm_and_rotate", qkv.dtype, qkv, *qkv.shape, *heads, q_norm, k_norm, eps, int(cast_first),
-          table, positions)  # fmt: skip
+          table, positions, quick=qkv.shape[0] <= QUICK_ROWS)  # fmt: skip
 
 
 def store_and_attend(
@@ -66,14 +68,15 @@ def store_and_attend(
     assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
     scratch = torch.empty(decoding, k.shape[1], longest)
     call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
-          slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest)  # fmt: skip
+          slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest,
+         quick=n <= QUICK_ROWS)  # fmt: skip
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, (N, D), of gate and up side by side in (N, 2 D)."""
     n, d = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, d, dtype=gate_up.dtype)
-    call("silu_and_multiply", gate_up.dtype, gate_up, out, n, d)
+    call("silu_and_multiply", gate_up.dtype, gate_up, out, n, d, quick=n <= QUICK_ROWS)
     return out
 
 
@@ -128,7 +131,7 @@ class Deltas:
         scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))
         call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
               len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,
-              scratch)  # fmt: skip
+              scratch, quick=len(rows) <= QUICK_ROWS)  # fmt: skip
 
 
 def _by_rows(A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,7 +143,12 @@ def _by_columns(B: Tensor, dtype: torch.dtype) -> Tensor:
     return B if B.dtype == dtype and B.stride() == (1, B.shape[0]) else B.to(dtype).T.contiguous().T
 
 
-def call(name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
-    """Call a kernel. Pointers and int64 pass as they are, for all arguments are declared so but the floats."""
-    function = getattr(library(), f"{name}_{DTYPES[dtype]}")
+def call(name: str, dtype: torch.dtype, *args: Tensor | float | None, quick: bool = False) -> None:
+    """Call a kernel. While it runs other threads run too, unless it is `quick`, see `Library`.
+
+    Pointers and int64 pass as they are, for all arguments are declared so but the floats.
+    """
+    found = library()
+    assert found is not None
+    function = getattr(found.quick if quick else found.long, f"{name}_{DTYPES[dtype]}")
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])

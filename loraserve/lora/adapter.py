@@ -63,8 +63,9 @@ class Adapter:
                 sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
+        """Of all A and B. Asked for often, of every adapter on the device, while the engine waits."""
         return sum(t.numel() * t.element_size() for w in self.weights.values() for t in (w.A, w.B))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":

@@ -90,7 +90,7 @@ class Findings:
 
     def refuses(self, name: str) -> bool:
         """Whether the last finding was a refusal, be it of these files or of others."""
-        return name in self._known and isinstance(self._known[name][1], AdapterRefused)
+        return isinstance(self._known.get(name, (None, None))[1], AdapterRefused)
 
     def keep(self, name: str, signature: object, finding: Record | AdapterRefused) -> None:
         self._known[name] = signature, finding

@@ -51,6 +51,7 @@ def pin_adapter(name: str) -> Response:
     _find(state, name)
     if body.pinned:
         state.service.pin(name)
+        _still_in_service(state, name)
     else:
         state.service.unpin(name)
     return jsonify(_describe(state, state.registry.get(name)))
@@ -97,6 +98,7 @@ def merge_adapter(name: str) -> Response:
     _same_origin()
     _find(state, name)
     merged = state.service.merge(name)
+    _still_in_service(state, name)
     return jsonify(_describe(state, state.registry.get(name)) | {"merge": merged.to_dict()})
 
 
@@ -140,6 +142,13 @@ def _find(state: State, name: str, param: str | None = None) -> None:
     check_name(name, param=param)
     if not state.has(name):
         raise AdapterNotFound(name, state.names(), param=param)
+
+
+def _still_in_service(state: State, name: str) -> None:
+    """Raise AdapterNotFound, with its memory free again, for an adapter taken out of service while it was prepared."""
+    if not state.has(name):
+        state.service.unload(name)
+        _find(state, name)
 
 
 def _free_name(state: State, name: str | None, param: str, *, replace: bool) -> str:

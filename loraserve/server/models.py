@@ -20,10 +20,8 @@ def list_models() -> Response:
     state, after = current(), request.args.get("after", "")
     adapters = state.names("" if after == state.base_name else after)
     ids = adapters if after else itertools.chain([state.base_name], adapters)
-    page, has_more = cut(ids, limit_of(request))
-    cards = [
-        base_card(state) if i == state.base_name else adapter_card(state, i) for i in page if _can_answer(state, i)
-    ]
+    page, has_more = cut((i for i in ids if _can_answer(state, i)), limit_of(request))
+    cards = [base_card(state) if i == state.base_name else adapter_card(state, i) for i in page]
     return jsonify(envelope(cards, has_more))
 
 

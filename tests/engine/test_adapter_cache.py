@@ -11,6 +11,7 @@ import torch
 
 from loraserve.base.load import Base
 from loraserve.engine.adapter_cache import AdapterCache
+from loraserve.engine.adapter_tiers import AdapterTiers
 from loraserve.engine.generation import Generation
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Service
@@ -173,6 +174,28 @@ def test_others_go_on_while_a_load_stands_still(make, alone, monkeypatch) -> Non
     assert tokens(stuck) == alone["n2"]
 
 
+@pytest.mark.parametrize("has_host", [False, True])
+def test_the_line_knows_a_lack_of_room_from_a_slow_load(base: Base, many: Registry, monkeypatch, has_host) -> None:
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, many.load("n3").num_bytes, has_host=has_host)
+    with cache.hold(parse_spec("n3")):
+        gate = Gate(monkeypatch, "n0")
+        lease = cache.lease(parse_spec("n0"))
+        lease.join()
+        assert lease.short_of_room, "whatever is read ahead meanwhile"
+        assert not has_host or gate.reached.wait(30)
+    assert gate.reached.wait(30) and lease.peek() is None
+    assert not lease.short_of_room, "only the disk is slow"
+    gate.open.set()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: lease.take() is not None, timeout=30)
+    later = cache.lease(parse_spec("n7"))
+    later.join()
+    assert later.short_of_room
+    lease.release()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: later.take() is not None, timeout=30)
+
+
 def test_a_cancelled_request_leaves_the_line_and_stopping_fails_those_in_it(make, alone, monkeypatch) -> None:
     service = make()
     gate = Gate(monkeypatch, "n2")
@@ -185,6 +208,25 @@ def test_a_cancelled_request_leaves_the_line_and_stopping_fails_those_in_it(make
         tokens(second)
     assert service.stats()["adapters_waiting"] == 0
     gate.open.set()
+
+
+def test_a_crash_of_the_engine_frees_the_adapters_even_of_requests_that_are_being_cancelled(make, many) -> None:
+    service = make(adapter_memory=largest(many))
+    running, waiting = ask(service, "n3", LONG), ask(service, "n7")
+    next(running)
+
+    def crash() -> None:
+        running.cancel()
+        waiting.cancel()
+        raise ZeroDivisionError("a bug")
+
+    service._worker.post(crash)
+    service._worker._thread.join(30)
+    assert not service.ready and service.stats()["adapters_waiting"] == 0
+    assert all(entry.users == 0 for entry in service.adapters._table.entries.values())
+    service.adapters.pin("n7")  # there is room for it, and nobody waits for ever
+    with pytest.raises(NotReady, match="crashed"):
+        service.pin("n7")
 
 
 def damage(registry: Registry, name: str) -> None:
@@ -336,6 +378,73 @@ def test_with_two_tiers_the_disk_is_read_ahead_of_room_on_the_device(base: Base,
         assert cache.names() == ["n1"] and leases[0].take() is None
     with cache._changed:
         assert cache._changed.wait_for(lambda: leases[0].peek() is not None, timeout=30)
+
+
+def test_an_adapter_dropped_while_it_is_loaded_leaves_no_copy(base: Base, many: Registry, monkeypatch) -> None:
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, many.load("n1").num_bytes, has_host=True)
+    gate = Gate(monkeypatch, "n2")
+    lease = cache.lease(parse_spec("n2"))
+    lease.join()
+    assert gate.reached.wait(30)
+    lease.release()
+    cache.drop("n2")
+    gate.open.set()
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: cache._job is None, timeout=30)
+    assert cache.names() == [] and cache.host_bytes == cache.num_bytes == 0
+    cache.resolve(parse_spec("n2"))
+    assert cache.host_bytes == many.load("n2").num_bytes
+
+
+def test_what_is_republished_before_its_turn_is_read_ahead_once(
+    base: Base, many: Registry, random_adapter, monkeypatch
+) -> None:
+    reads = []
+    warm = AdapterTiers.warm
+    monkeypatch.setattr(AdapterTiers, "warm", lambda self, *args: reads.append(args[0]) or warm(self, *args))
+    room = many.load("n1").num_bytes
+    cache = AdapterCache(many, torch.device("cpu"), torch.float32, room, has_host=True)
+    with cache.hold(parse_spec("n1")):
+        lease = cache.lease(parse_spec("n2"))
+        publish(many, random_adapter, "n2", 6)  # of n2's size
+        lease.join()
+        with cache._changed:
+            assert cache._changed.wait_for(lambda: cache._job is None, timeout=10), "one load after another"
+        assert reads == ["n2"] and cache.host_bytes == room + many.load("n2").num_bytes
+    with cache._changed:
+        assert cache._changed.wait_for(lambda: lease.peek() is not None, timeout=30)
+    ((adapter, _),) = lease.take()
+    for target, weight in many.load("n2").weights.items():
+        assert torch.equal(adapter.weights[target].B, weight.B)
+
+
+def test_a_load_that_cannot_begin_fails_who_needs_it_and_the_next_one_begins(make, many, alone, monkeypatch) -> None:
+    service = make(adapter_memory=largest(many))
+    start, full = threading.Thread.start, []
+
+    def begin(thread: threading.Thread) -> None:
+        if full and thread.name == "loraserve-loader":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    full.append(True)
+    with pytest.raises(NotReady, match="try again"):
+        ask(service, "n1")
+    with pytest.raises(NotReady, match="try again"):
+        service.pin("n1")
+    assert settle(service)["requests_waiting"] == service.stats()["adapters_waiting"] == 0
+    full.clear()
+    with service.adapters.hold(parse_spec("n3")):
+        waiting, running = ask(service, "n5"), ask(service, "n3", LONG)
+        assert tokens(running)
+        full.append(True)
+    with pytest.raises(NotReady, match="try again"):
+        tokens(waiting)
+    assert tokens(ask(service, "base")) == alone["base"]
+    full.clear()
+    assert tokens(ask(service, "n1")) == alone["n1"]
+    assert settle(service)["adapters_waiting"] == 0
 
 
 def test_on_one_tier_nothing_is_kept_twice(base: Base, many: Registry) -> None:

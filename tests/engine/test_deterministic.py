@@ -1,12 +1,17 @@
 """Deterministic: a request's numbers do not depend on what else is in the batch, bit for bit."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from loraserve.base.load import load_base
+from loraserve.base.model import Model
+from loraserve.engine.kv_cache import KVCache
 from loraserve.engine.params import SamplingParams
+from loraserve.engine.runner import Runner
 from loraserve.engine.service import Service
 from loraserve.errors import InvalidRequest
 from loraserve.kernels import build
@@ -62,7 +67,15 @@ def test_without_kernels_it_is_refused(tiny_base_dir, registry: Registry, monkey
     build.library.cache_clear()
     try:
         base = load_base(str(tiny_base_dir), device="cpu", dtype="float32")
-        with pytest.raises(InvalidRequest, match="deterministic needs a C compiler"):
+        with pytest.raises(InvalidRequest, match="deterministic needs the kernels"):
             Service(base, registry, max_model_len=192, deterministic=True)
     finally:
         build.library.cache_clear()
+
+
+@needs_compiler
+def test_heads_that_no_kernel_reads_are_refused(tiny_base_dir) -> None:
+    config = dataclasses.replace(load_base(str(tiny_base_dir), device="cpu").config, head_dim=24)
+    odd = Model(config)
+    with pytest.raises(InvalidRequest, match="heads of 24"):
+        Runner(odd, KVCache(odd.config, 1, 8, torch.device("cpu"), torch.float32), deterministic=True)

@@ -106,6 +106,7 @@ def test_the_bases_bits_are_the_same_before_during_and_after(service: Service, b
     def answer() -> list[float]:
         return [token.logprob for piece in service.generate(LINE, (), watched) for token in piece.logprobs]
 
+    answer()  # from now on its prompt is there, and every answer begins with the same token
     before, scores = service.logits(LINE), answer()
     service.merge("b")
     crowd = [service.generate([20 + i], parse_spec("b"), GREEDY) for i in range(5)]

@@ -11,7 +11,7 @@ class Lease:
 
     def __init__(self, *adapters: object) -> None:
         self.adapters: Weighted = tuple((a, 1.0) for a in adapters)
-        self.here = self.taken = False
+        self.here = self.taken = self.short_of_room = False
 
     def join(self, on_failure: object) -> None: ...
 
@@ -114,25 +114,45 @@ def test_who_waits_for_an_adapter_slot_is_overtaken_for_a_bounded_time() -> None
     assert patient in [s for s, _, _ in advance(scheduler, now)]
 
 
-def test_who_waits_for_a_load_is_overtaken_for_a_bounded_time_from_its_turn_on() -> None:
+def test_who_waits_for_memory_is_overtaken_for_a_bounded_time_from_its_turn_on() -> None:
     scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=4)
     first, second = sequence(2), sequence(2)
-    loading, lease = leasing(2, object())
-    for s in (first, second, loading):
+    crowded, lease = leasing(2, object())
+    lease.short_of_room = True
+    for s in (first, second, crowded):
         scheduler.add(s)
     advance(scheduler, 0.0)
     advance(scheduler, 10.0)
     scheduler.release(first)  # only now there is a place, so only now is it its turn
     scheduler.add(early := sequence(2))
     advance(scheduler, 10.0)
-    assert early.slot >= 0 and loading.slot < 0
+    assert early.slot >= 0 and crowded.slot < 0
     scheduler.release(second)
     scheduler.add(late := sequence(2))
     advance(scheduler, 10.0 + PATIENCE)
     assert late.slot < 0, "nobody overtakes any more"
     lease.here = True
     advance(scheduler, 11.0 + PATIENCE)
-    assert loading.slot >= 0 and lease.taken and loading.adapters == lease.adapters
+    assert crowded.slot >= 0 and lease.taken and crowded.adapters == lease.adapters
+
+
+def test_a_load_delays_nobody_else_however_long_it_takes() -> None:
+    scheduler = Scheduler(slots=Slots(2, share_prefixes=False), max_running=2, max_batched_tokens=100, max_adapters=4)
+    loading, lease = leasing(2, object())
+    scheduler.add(loading)
+    for now in (0.0, 1.0 + PATIENCE, 100.0 * PATIENCE):
+        scheduler.add(plain := sequence(2))
+        other, resident = leasing(2, object())
+        resident.here = True
+        scheduler.add(other)
+        advance(scheduler, now)
+        assert plain.slot >= 0 and other.slot >= 0 and loading.slot < 0
+        scheduler.release(plain)
+        scheduler.release(other)
+    lease.here = True
+    scheduler.add(late := sequence(2))
+    advance(scheduler, 101.0 * PATIENCE)
+    assert scheduler.running == [loading, late], "it is still the first in line"
 
 
 def test_adapters_are_held_only_by_who_is_admitted() -> None:

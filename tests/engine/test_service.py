@@ -114,6 +114,10 @@ def test_request_that_overflows_fails_alone_and_leaves_a_clean_slot(base, overfl
         assert collect(beside) == alone[0]
         both = [service.generate(*request, params) for request in asked]
         assert [collect(generation) for generation in both] == alone
+        shared = service.stats()["prefix_shared_tokens_total"]
+        with pytest.raises(NotFinite, match="float32"):
+            list(service.generate([11] * 1500, parse_spec("huge"), params))
+        assert service.stats()["prefix_shared_tokens_total"] == shared, "values that nobody has seen serve nobody"
         assert service.ready
     finally:
         service.stop()

@@ -55,3 +55,17 @@ def test_the_digest_tells_contents_apart() -> None:
     ]
     assert len(set(digests)) == 8
     assert Packed.of(adapter(), torch.float32).adapter.digest == digests[2], "and nothing else"
+
+
+def test_the_bytes_of_an_adapter_are_counted_once() -> None:
+    looks = []
+
+    class Watched(dict[str, LoraWeight]):
+        def values(self):
+            looks.append(1)
+            return super().values()
+
+    stored = adapter()
+    watched = Adapter(Watched(stored.weights))
+    assert [watched.num_bytes for _ in range(3)] == [stored.num_bytes] * 3 and stored.num_bytes > 0
+    assert len(looks) == 1

@@ -85,6 +85,19 @@ def test_a_broken_adapter_is_listed_with_its_problems_and_not_as_a_model(
     assert expect(ask(client, "broken"), 422, "adapter_refused", None)["problems"]
 
 
+def test_pages_of_models_go_past_those_that_are_refused(client: FlaskClient, service: Service, base: Base) -> None:
+    for name in ("ninja", "noble"):
+        folder = write_adapter(service.registry.root / name, base, CHAINS["pirate"][0])
+        (folder / FILES[1]).write_bytes(b"not safetensors")
+        expect(ask(client, name), 422, "adapter_refused", None)
+    found, page = [], {"has_more": True, "last_id": ""}
+    while page["has_more"]:
+        page = client.get("/v1/models", query_string={"limit": 1, "after": page["last_id"]}).json
+        assert len(page["data"]) == 1
+        found.append(page["last_id"])
+    assert found == ["tiny", *NAMES]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_that_only_the_load_reveals_has_its_status(
     client: FlaskClient, service: Service, base: Base, stream: bool
@@ -138,7 +151,7 @@ def test_lists_come_by_pages(client: FlaskClient, path: str) -> None:
         "object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None,
     }  # fmt: skip
     assert client.get(path, query_string={"after": "poer"}).json["first_id"] == "poet", "one that is not there, too"
-    for limit in ("0", "-1", "x", "1001", "", "1e2", "٣", "9" * 5000):
+    for limit in ("0", "-1", "x", "1001", "", "1e2", "٣", "9" * 5000, "00000000111000000", "000000001" + "0" * 5000):
         expect(client.get(path, query_string={"limit": limit}), 400, "invalid_request", "limit")
 
 
@@ -294,6 +307,27 @@ def test_vllms_load_and_unload(client: FlaskClient, second: Path) -> None:
     expect(client.post("/v1/unload_lora_adapter", json={"lora_name": "bard"}), 404, "adapter_not_found", "lora_name")
     assert client.post("/v1/load_lora_adapter", json=load).status_code == 200
     assert says(client, "bard") == text_of("poet")
+
+
+@pytest.mark.parametrize("what", ["pin", "merge"])
+def test_unloading_wins_over_what_was_asked_for_before_it(
+    client: FlaskClient, service: Service, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    begin = getattr(service, what)
+
+    def queued(name: str) -> object:
+        """As if it had waited behind another while the adapter was unloaded."""
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+        return begin(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service, what, queued)
+        if what == "pin":
+            response = client.patch("/v1/adapters/pirate", json={"pinned": True})
+        else:
+            response = client.post("/v1/adapters/pirate/merge")
+    expect(response, 404, "adapter_not_found", None)
+    assert not service.is_pinned("pirate") and not service.is_loaded("pirate") and not service.merges.current()
 
 
 def test_an_unloaded_adapter_keeps_its_files_and_can_come_back(client: FlaskClient, service: Service) -> None:
