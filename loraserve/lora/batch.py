@@ -39,17 +39,17 @@ class _Alone:
     """The rows of one slot. `rows` None stands for all rows, `weights` (n, 1) None for all ones."""
 
     group: Group
-    member: int
+    """Of this slot alone."""
     rows: Tensor | None
     weights: Tensor | None
 
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None:
         if (site := self.group.site(targets, widths)) is None:
             return
-        A, B = site.A[self.member], site.B[self.member]  # (R, in), (R, Σout)
+        A, B = site.A[0], site.B[0]  # (R, in), (R, Σout)
         x = x if self.rows is None else x[self.rows]
         h = (x.to(A.dtype) @ A.T).float()  # (n, R)
-        h = h * (site.scaling[self.member] if self.weights is None else self.weights * site.scaling[self.member])
+        h = h * (site.scaling[0] if self.weights is None else self.weights * site.scaling[0])
         delta = h.to(B.dtype) @ B
         if self.rows is None:
             y += delta
@@ -213,8 +213,7 @@ class LoraBatch:
         everywhere = len(rows) == self.row_weights.shape[0]
         plain = bool((weights == 1).all())
         return _Alone(
-            group,
-            member,
+            group.single(member),
             None if everywhere else rows.to(self._device),
             None if plain else weights.unsqueeze(1).to(self._device),
         )

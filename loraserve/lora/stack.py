@@ -37,6 +37,15 @@ class Group:
         self.members = members
         self._adapters = adapters
         self._sites: dict[tuple[str, ...], Site | None] = {}
+        self._single: dict[int, Group] = {}
+
+    def single(self, member: int) -> "Group":
+        """One of them alone, so that whoever needs no other does not wait until all are stacked."""
+        if len(self.members) == 1:
+            return self
+        if member not in self._single:
+            self._single[member] = Group([self.members[member]], [self._adapters[member]])
+        return self._single[member]
 
     def site(self, targets: tuple[str, ...], widths: Sequence[int]) -> Site | None:
         """What they do to `targets`, layers of `widths` out_features over one input; None if nothing.
