@@ -96,29 +96,29 @@ INLINE int64_t block_of(int64_t task, int64_t n, int64_t *vectors) {
 #define SUFFIX f32
 #define STEP 1
 #define LOAD(x) (x)
-#define STORE(x) (x)
+#define STORED vector
+#define STORE_VECTOR(x) (x)
 #include "gemm.c"
 #undef T
 #undef SUFFIX
 #undef STEP
 #undef LOAD
-#undef STORE
+#undef STORED
+#undef STORE_VECTOR
 
 #define T uint16_t
 #define SUFFIX bf16
 #define STEP 2
 #define LOAD(x) from_bf16(x)
-#define STORE(x) to_bf16(x)
+#define STORED vector_u16
+#define STORE_VECTOR(x) to_bf16s(x)
 #include "gemm.c"
 
 #else
 
-static void FN(store)(T *y, const vector *sum, int64_t count) {
-    if (count >= WIDTH)
-#pragma omp simd
-        for (int j = 0; j < WIDTH; j++) y[j] = STORE((*sum)[j]);
-    else
-        for (int j = 0; j < count; j++) y[j] = STORE((*sum)[j]);
+INLINE void FN(store)(T *y, const vector *sum, int64_t count) {
+    STORED numbers = STORE_VECTOR(*sum);
+    memcpy(y, &numbers, (count < WIDTH ? count : WIDTH) * sizeof(T));
 }
 
 void FN(multiply)(const T *x, const char *w, T *y, int64_t m, int64_t k, int64_t n) {

@@ -37,6 +37,12 @@ typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * WIDTH)));
 
+static inline vector_u16 to_bf16s(vector x) { /* what to_bf16 does, 16 at once */
+    vector_u32 u = (vector_u32)x, nan = (vector_u32)(x != x);
+    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector((u & ~nan) | (nan & 0x7fc0), vector_u16);
+}
+
 static inline float sum_of(vector x) {
     float sum[WIDTH];
     memcpy(sum, &x, sizeof x);

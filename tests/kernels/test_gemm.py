@@ -81,3 +81,16 @@ def test_int8_weights_take_half_the_memory_of_bfloat16() -> None:
     weight = randn(256, 256, seed=1, dtype=torch.bfloat16)
     assert gemm.PackedWeight(weight).num_bytes == weight.nbytes
     assert gemm.PackedWeight(weight, int8=True).num_bytes == weight.nbytes // 2 + 256 * 8
+
+
+def test_results_are_rounded_to_bfloat16_as_torch_rounds_them() -> None:
+    x = torch.zeros(7, 16, dtype=torch.bfloat16)
+    x[:, 0] = x[:, 1] = 1
+    weight = randn(40, 16, seed=1, dtype=torch.bfloat16)
+    weight[:, 1] *= 2.0**-8  # most sums lie between two numbers, some half-way
+    weight[:4, 1] = torch.tensor([float("nan"), float("inf"), float("-inf"), 2.0**-8])
+    weight[3, 0] = 1
+    wanted = (weight[:, 0].float() + weight[:, 1].float()).bfloat16()
+    assert (wanted.float() != weight[:, 0].float()).sum() > 10
+    got = gemm.PackedWeight(weight).multiply(x)
+    torch.testing.assert_close(got, wanted.expand(7, -1), rtol=0, atol=0, equal_nan=True)
