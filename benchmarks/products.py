@@ -1,9 +1,9 @@
-"""One decoding step's matrix products by the C kernels, in bfloat16 and int8, beside oneDNN's over weights laid out once.
+"""One step's matrix products by the C kernels, in bfloat16 and int8, beside oneDNN's over weights laid out once.
 
     python benchmarks/products.py
 
-All layers of a random minimind-3 (64M), one after the other; the least of 9 interleaved rounds, in milliseconds. The last
-line of stdout is JSON.
+All layers of a random minimind-3 (64M), one after the other; the least of 9 interleaved rounds, in milliseconds. The
+last line of stdout is JSON.
 """
 
 import json
