@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "types.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "types.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = (
     ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native", "-mprefer-vector-width=512"]
@@ -33,10 +33,10 @@ SIGNATURES = {
     "store_and_attend": "pppiiippippiiiiifppi",
     "silu_and_multiply": "ppii",
     "add_deltas": "pipiipppipppppip",
-    "multiply": "pppiii",
+    "multiply": "pppiiip",
     "multiply_int8": "pppppiiip",
 }
-"""Of each function in cpu.c and gemm.c: pointer, int64 or float per argument."""
+"""Of each function in cpu.c, gemm.c and lora.c: pointer, int64 or float per argument."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def _load(compiler: str) -> Library:
         path.unlink(missing_ok=True)
         path = _compiled(compiler)
     found = Library(ctypes.PyDLL(str(path)), ctypes.CDLL(str(path)))
+    found.quick.vector_width.restype = ctypes.c_int64
     for name, signature in SIGNATURES.items():
         for dtype in ("f32", "bf16"):
             for handle in (found.quick, found.long):
@@ -92,7 +93,7 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             subprocess.run(
-                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:2]), "-lm"],
+                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:3]), "-lm"],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             os.replace(made, path)

@@ -10,24 +10,12 @@
 
 #define T float
 #define SUFFIX f32
-#define LOAD(x) (x)
-#define STORE(x) (x)
-#define VECTOR_OF_T(v) vector v
-#define LOAD_VECTOR(v) (v)
 #include "cpu.c"
 #undef T
 #undef SUFFIX
-#undef LOAD
-#undef STORE
-#undef VECTOR_OF_T
-#undef LOAD_VECTOR
 
 #define T uint16_t
 #define SUFFIX bf16
-#define LOAD(x) from_bf16(x)
-#define STORE(x) to_bf16(x)
-#define VECTOR_OF_T(v) vector_u16 v
-#define LOAD_VECTOR(v) ((vector)(__builtin_convertvector(v, vector_u32) << 16))
 #include "cpu.c"
 
 #else
@@ -88,12 +76,6 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
     }
 }
 
-static inline vector FN(load)(const T *x) {
-    VECTOR_OF_T(v);
-    memcpy(&v, x, sizeof v);
-    return LOAD_VECTOR(v);
-}
-
 /* The `group` queries (group, d) of one key head over its past (length, d), d of `lanes` vectors; out (group, d). */
 static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T *past_k, const T *past_v,
                                                              int64_t length, int64_t group, const int64_t lanes,
@@ -146,11 +128,11 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, 
         int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
         const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
         const T *past_v = values + (slots[i] * kv + head) * max_len * d;
-        switch (d / WIDTH) { /* of a constant width all vectors stay in registers */
-        case 4: ATTEND(4); break;
-        case 5: ATTEND(5); break;
-        case 6: ATTEND(6); break;
-        case 8: ATTEND(8); break;
+        switch (d) { /* of a constant width all vectors stay in registers */
+        case 64: ATTEND(64 / WIDTH); break;
+        case 80: ATTEND(80 / WIDTH); break;
+        case 96: ATTEND(96 / WIDTH); break;
+        case 128: ATTEND(128 / WIDTH); break;
         default: ATTEND(d / WIDTH);
         }
     }
@@ -171,64 +153,6 @@ void FN(silu_and_multiply)(const T *gate_up, T *out, int64_t n, int64_t d) {
                 out[i * d + j] = STORE(silu * LOAD(up[j]) + (x - x)); /* x - x is NaN where x is not finite */
             }
         }
-}
-
-/* y (n, width) += weight * scaling * B (A x) for entries (row, slot, weight), sorted by slot; targets stand side by side.
-   A and B hold pointers (slots, targets): to A (r, in), and to B transposed, (r, out). An absent target has r = 0.
-   scratch: entries * (in + targets * most) floats, an even number, and entries + 1 int64. */
-void FN(add_deltas)(const T *x, int64_t in, T *y, int64_t width, int64_t entries, const int64_t *rows,
-                    const int64_t *slots, const float *weights, int64_t targets, const int64_t *widths,
-                    const int64_t *A, const int64_t *B, const int64_t *ranks, const float *scaling, int64_t most,
-                    float *scratch) {
-    float *inputs = scratch, *hidden = inputs + entries * in;
-    int64_t blocks = 0, runs = 0, *starts = (int64_t *)(scratch + (entries * (in + targets * most) + 1) / 2 * 2);
-    for (int64_t e = 0; e < entries; e++)
-        if (e == 0 || slots[e] != slots[e - 1]) starts[runs++] = e;
-    starts[runs] = entries;
-    for (int64_t t = 0; t < targets; t++) blocks += (widths[t] + 255) / 256;
-#pragma omp parallel
-    {
-#pragma omp for
-        for (int64_t e = 0; e < entries; e++)
-#pragma omp simd
-            for (int64_t j = 0; j < in; j++) inputs[e * in + j] = LOAD(x[rows[e] * in + j]);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < runs * targets * most; task++) {
-            int64_t run = task / (targets * most), t = task / most % targets, r = task % most;
-            int64_t at = slots[starts[run]] * targets + t;
-            if (r >= ranks[at]) continue;
-            const T *a = (const T *)A[at] + r * in;
-            for (int64_t e = starts[run]; e < starts[run + 1]; e++) { /* a row of A is read once for all of them */
-                const float *input = inputs + e * in;
-                float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (int64_t j = 0; j < in; j++) dot += LOAD(a[j]) * input[j];
-                hidden[(e * targets + t) * most + r] = dot * weights[e] * scaling[at];
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            int64_t t = 0, left = 0, b = block;
-            while (b >= (widths[t] + 255) / 256) b -= (widths[t] + 255) / 256, left += widths[t++];
-            int64_t from = b * 256, count = widths[t] - from < 256 ? widths[t] - from : 256;
-            for (int64_t e = 0; e < entries; e++) {
-                int64_t at = slots[e] * targets + t;
-                if (!ranks[at]) continue;
-                const float *h = hidden + (e * targets + t) * most;
-                T *to = y + rows[e] * width + left + from;
-                float sum[256];
-#pragma omp simd
-                for (int64_t j = 0; j < count; j++) sum[j] = LOAD(to[j]);
-                for (int64_t r = 0; r < ranks[at]; r++) {
-                    const T *bt = (const T *)B[at] + r * widths[t] + from;
-#pragma omp simd
-                    for (int64_t j = 0; j < count; j++) sum[j] += h[r] * LOAD(bt[j]);
-                }
-#pragma omp simd
-                for (int64_t j = 0; j < count; j++) to[j] = STORE(sum[j]);
-            }
-        }
-    }
 }
 
 #endif

@@ -1,8 +1,9 @@
-"""The C kernels, called with tensors. Shapes and equations stand in cpu.c; all tensors are on the CPU.
+"""The C kernels, called with tensors. Shapes and equations stand in cpu.c and lora.c; all tensors are on the CPU.
 
 Activations are float32 or bfloat16; whatever is said to be float32 is. Callers see to contiguity.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from loraserve.kernels.build import library
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 QUICK_ROWS = 32
 """What a call does for so many rows takes microseconds; a matrix product always takes longer."""
+FEW_ROWS = sys.maxsize
+"""Of a slot, for which adding the deltas by the kernel is fastest: any number."""
 LANES, MAX_HEAD_DIM = 16, 256
 """Heads are read in vectors of so many numbers."""
 
@@ -127,7 +130,7 @@ class Deltas:
         """Add to y (N, Σout) in place what the entries ask for; x (N, in)."""
         rows, slots, weights = entries
         assert x.dtype == y.dtype == self._dtype and x.is_contiguous() and y.is_contiguous()
-        floats = len(rows) * (x.shape[1] + len(self._widths) * self._most)
+        floats = len(rows) * len(self._widths) * self._most
         scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))
         call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
               len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,

@@ -29,6 +29,9 @@ class Deltas(Protocol):
 class Kernels(Protocol):
     """What a module of kernels offers; shapes stand in `cpu.py`."""
 
+    FEW_ROWS: int
+    """A slot with more rows than this is better served by matrix products."""
+
     def available(self, dtype: torch.dtype, head_dim: int = ...) -> bool: ...
 
     def add_rms_norm(

@@ -16,23 +16,26 @@ from torch import Tensor
 from loraserve.kernels import cpu
 from loraserve.kernels.build import library
 
-WIDTH = 16
-"""Outputs stand in vectors of so many; in_features must be a multiple of it."""
+INPUTS = 16
+"""in_features must be a multiple of it."""
 STEPS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 
 def available(dtype: torch.dtype, in_features: int) -> bool:
     """Whether the kernels run here for activations of `dtype`."""
-    return dtype in cpu.DTYPES and in_features % WIDTH == 0 and library() is not None
+    return dtype in cpu.DTYPES and in_features % INPUTS == 0 and library() is not None
 
 
 def fast(dtype: torch.dtype) -> bool:
-    """Whether the kernels are the fastest there is for weights of `dtype`, as measured: where vectors know bfloat16.
+    """Whether the kernels are the fastest there is for weights of `dtype`, as measured.
 
-    Not so where the processor multiplies tiles (AMX), which oneDNN uses; nor in float32, where torch's are as fast.
+    So they are with AVX2 alone, and in bfloat16 where AVX-512 multiplies it. Not where the processor multiplies tiles
+    (AMX), which oneDNN uses; nor in float32 with AVX-512, where torch's are as fast.
     """
     has = torch.cpu.get_capabilities()
-    return dtype == torch.bfloat16 and bool(has.get("avx512_bf16")) and not has.get("amx_bf16")
+    if not has.get("avx2") or has.get("amx_bf16"):
+        return False
+    return not has.get("avx512_f") or (dtype == torch.bfloat16 and bool(has.get("avx512_bf16")))
 
 
 class PackedWeight:
@@ -51,8 +54,8 @@ class PackedWeight:
             weight, scale = rounded(weight)
             self._scale, self._sum = _filled(scale), _filled(weight.sum(dim=1, dtype=torch.int32))
         step = STEPS[weight.dtype]
-        blocks = _filled(weight).view(-1, WIDTH, self.in_features // step, step)
-        self.weight = blocks.transpose(1, 2).contiguous()  # (out / 16, in / step, 16, step)
+        blocks = _filled(weight).view(-1, _vector_width(), self.in_features // step, step)
+        self.weight = blocks.transpose(1, 2).contiguous()  # (out / width, in / step, width, step)
 
     @property
     def num_bytes(self) -> int:
@@ -64,10 +67,10 @@ class PackedWeight:
         (m, k), n = x.shape, self.out_features
         assert x.dtype == self._dtype and k == self.in_features
         y = torch.empty(m, n, dtype=x.dtype)
+        scratch = torch.empty(m + m * k + m * k // 4)
         if self._scale is None:
-            cpu.call("multiply", x.dtype, x, self.weight, y, m, k, n)
+            cpu.call("multiply", x.dtype, x, self.weight, y, m, k, n, scratch)
         else:
-            scratch = torch.empty(m + m * k // 4)
             cpu.call("multiply_int8", x.dtype, x, self.weight, self._scale, self._sum, y, m, k, n, scratch)
         return y
 
@@ -88,5 +91,12 @@ def multiply_rounded(x: Tensor, weight: Tensor) -> Tensor:
 
 def _filled(x: Tensor) -> Tensor:
     """x (out, …) with zeros up to a whole number of vectors."""
-    missing = -x.shape[0] % WIDTH
+    missing = -x.shape[0] % _vector_width()
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+def _vector_width() -> int:
+    """Outputs stand in vectors of so many."""
+    found = library()
+    assert found is not None
+    return int(found.quick.vector_width())

@@ -3,9 +3,10 @@
     y[n] += Σ_s W[n, s] · scaling_s · B_s (A_s x[n])
 
 Rows n are tokens; slots s are the adapters active in this step; W (N, S) holds each row's weights (several per row for
-a blend, none for the base). A row meets the adapters it asked for and no other: many rows of one adapter take a product
-of their own, and the few rows that each of many adapters has while decoding share one batched product. A and B are
-never scaled themselves; `weight · scaling` multiplies xAᵀ in float32, in training and in serving alike.
+a blend, none for the base). A row meets the adapters it asked for and no other. A kernel adds the deltas of all in one
+call; without one, many rows of one adapter take a product of their own, and the few rows that each of many adapters has
+while decoding share one batched product. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
+float32, in training and in serving alike.
 
 Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
 no row has an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests'
@@ -25,7 +26,7 @@ from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
-"""A slot with more rows than this takes a product of its own."""
+"""Without a kernel a slot with more rows than this takes a product of its own."""
 
 
 class Work(Protocol):
@@ -108,7 +109,7 @@ class LoraBatch:
         self.stack = stack
         self.row_weights = row_weights
         self._device = device
-        self._few_rows = sys.maxsize if repeatable else FEW_ROWS
+        self._repeatable = repeatable
         self._plans: dict[bool, list[Work]] = {}
 
     @classmethod
@@ -150,8 +151,7 @@ class LoraBatch:
 
     def select(self, rows: Tensor) -> "LoraBatch":
         """The batch of a subset of rows, `rows` (M,) int64: an expert's tokens, or the rows that sample."""
-        repeatable = self._few_rows > FEW_ROWS
-        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device, repeatable)
+        return LoraBatch(self.stack, self.row_weights[rows.cpu()], self._device, self._repeatable)
 
     def apply(self, target: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the delta of `target`.
@@ -183,9 +183,10 @@ class LoraBatch:
 
     def _plan_for(self, kernels: Kernels) -> list[Work]:
         """The kernel for slots of few rows, matrix products for the others."""
+        most = sys.maxsize if self._repeatable else kernels.FEW_ROWS
         counts = (self.row_weights != 0).sum(dim=0)  # (S,)
-        few = (counts <= self._few_rows) & (counts > 0)
-        plan = self._plan_for_groups(((counts > self._few_rows).nonzero().squeeze(1)).tolist())
+        few = (counts <= most) & (counts > 0)
+        plan = self._plan_for_groups((counts > most).nonzero().squeeze(1).tolist())
         if few.any():
             plan.append(_Few(self.stack, kernels, kernels.entries(self.row_weights * few, self._device)))
         return plan

@@ -188,7 +188,8 @@ def test_the_model_over_kernels_computes_what_the_plain_pass_computes(
         without.setattr(cpu, "available", lambda *_: False)
         plain = [logits(False), logits(True)]
     assert (plain[1] - plain[0])[:27].abs().max() > 0.1
-    assert torch.equal(plain[1][27:], plain[0][27:])
+    # An expert that adapters send other rows to multiplies another number of them, and torch may then round otherwise.
+    torch.testing.assert_close(plain[1][27:], plain[0][27:], rtol=0, atol=1e-5 if experts else 0)
     model.pack()
     assert model.model.fused
     torch.testing.assert_close([logits(False), logits(True)], plain, rtol=1e-4, atol=1e-4)

@@ -17,6 +17,8 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+FEW_ROWS = 16
+"""Of a slot: more are better served by matrix products."""
 
 
 def available(dtype: torch.dtype, head_dim: int = 16) -> bool:
