@@ -142,13 +142,18 @@ def test_only_what_the_adapter_touches_is_newly_allocated(service: Service, base
     attention, block = base.config.linear_shapes(), "model.layers.0"
     owned = [f"{block}.self_attn.{layer}_proj" for layer in "qkv"] + [f"{block}.mlp.down_proj"]
     expected = base.config.num_hidden_layers * sum(attention[t][0] * attention[t][1] for t in owned) * 4
-    assert merged.num_bytes == own_bytes(merged.model, base.model) == service.stats()["merged_bytes"] == expected
+    assert merged.num_bytes == own_bytes(merged.model, base.model) == service.stats()["merged_bytes"]
+    assert expected <= merged.num_bytes <= 1.25 * expected  # kernels fill outputs up to whole vectors
     assert merged.model.model.embed_tokens is base.model.model.embed_tokens
     assert merged.model.head is base.model.head
     mine, theirs = merged.model.model.layers[1], base.model.model.layers[1]
     assert mine.mlp.gate_up is theirs.mlp.gate_up and mine.self_attn.out is theirs.self_attn.out
     assert mine.self_attn.k_proj is not theirs.self_attn.k_proj
-    assert torch.equal(mine.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight)
+    x = torch.randn(3, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        (q, *others), (unmerged_q, *unmerged) = mine.self_attn.qkv(x, None), theirs.self_attn.qkv(x, None)
+    assert torch.equal(torch.cat(others, 1), torch.cat(unmerged, 1))
+    assert (q - unmerged_q).abs().max() > 0.1
 
 
 def test_an_adapter_on_a_tied_head_unties_it_in_its_own_model_alone(service: Service, base: Base) -> None:
@@ -157,7 +162,9 @@ def test_an_adapter_on_a_tied_head_unties_it_in_its_own_model_alone(service: Ser
     model = service.merge("c").model
     assert not model.config.tie_word_embeddings
     assert model.model.embed_tokens is base.model.model.embed_tokens
-    assert not torch.equal(model.lm_head.weight, base.model.lm_head.weight)
+    x = torch.randn(3, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert (model.head(x, None)[0] - base.model.head(x, None)[0]).abs().max() > 0.1
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert own_bytes(model, base.model) == service.merge("c").num_bytes
 
