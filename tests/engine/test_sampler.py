@@ -16,8 +16,12 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
 
 def draws(count: int, prompt: list[int] | None = None, output: list[int] | None = None, **params) -> Counter:
     sequence = Sequence(prompt or [0], SamplingParams(**params), 10, seed=3)
-    sequence.output_token_ids = output or []
-    return Counter(sample(LOGITS, [sequence])[0].token_id for _ in range(count))
+    seen: Counter = Counter()
+    for _ in range(count):
+        sequence.output_token_ids = list(output or [])
+        seen[token_id := sample(LOGITS, [sequence])[0].token_id] += 1
+        sequence.append(token_id)
+    return seen
 
 
 def test_frequencies_follow_the_softmax_at_the_given_temperature() -> None:
