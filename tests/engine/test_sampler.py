@@ -75,6 +75,24 @@ def test_logprobs_are_the_models_own_and_ranked() -> None:
     assert second.top_logprobs[1][1] == pytest.approx(expected[1].item())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_after_drafts_is_sampled_as_if_they_had_been_appended(temperature: float) -> None:
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=1.4, frequency_penalty=0.6, presence_penalty=0.4
+    )
+    logits = torch.linspace(0.1, 0.9, 9).repeat(5, 1)
+    drafts = (8, 7, 7, 5)
+    one_by_one, plain = Sequence([1, 2], params, 10, seed=8), Sequence([1, 2], params, 10, seed=8)
+    wanted = []
+    for row, draft in zip(logits, (*drafts, 0), strict=True):
+        wanted.append(sample(row.unsqueeze(0), [one_by_one])[0])
+        one_by_one.append(draft)
+    rows = [drafts[:i] for i in range(5)]
+    assert sample(logits, [plain] * 5, rows) == wanted
+    assert sample(logits, [plain] * 5) != wanted, "the drafts must matter"
+    assert sample(logits, [plain] * 5, rows) == wanted, "what is not appended is not drawn"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_has_no_token_and_disturbs_no_other(bad: float) -> None:
     kinds = [{}, {"logprobs": 2}, {"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.5, "logprobs": 0}]
