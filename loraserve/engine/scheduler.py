@@ -14,7 +14,7 @@ from loraserve.engine.slots import Copy, Slots
 PATIENCE = 2.0
 """Seconds for which others may overtake a sequence whose adapters have no room; then everybody waits."""
 SPARE_ROWS = 4
-"""A CPU multiplies so many rows in about the time of one (docs/performance.md): drafts fill a step up to that."""
+"""Weights are read once for so many rows, which is what most of a CPU's step takes: drafts fill a step up to that."""
 
 
 @dataclass(frozen=True)

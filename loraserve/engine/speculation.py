@@ -1,6 +1,6 @@
 """Prompt-lookup speculation: a sequence's next tokens, guessed from its own, and what the model made of the guess.
 
-    … a b c d e … b c  →  drafts d e …      the latest earlier b c is what went on so
+    … a b c d e f … a b c d  →  drafts e f …      so the latest earlier a b c d went on
 
 A decoding step takes its drafts along as rows of their own. Each row's token is sampled from that row's logits, so what
 is kept is what would have been sampled without drafts; a draft only decides whether the row after it is of any use.
@@ -9,8 +9,8 @@ Pure bookkeeping: no torch.
 
 from collections.abc import Sequence as List
 
-NGRAMS = (3, 2)
-"""How many tokens at the end must have stood together before: rather more of them, for those foretell better."""
+NGRAM = 4
+"""So many tokens at the end must have stood together before: fewer foretell too little to pay for their refusals."""
 SHORTEST_REST, LONGEST_REST = 1, 64
 """Tokens without drafts after a refusal: twice as many after each further one, until a draft holds."""
 
@@ -24,7 +24,7 @@ class PromptLookup:
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
-        """Where an n-gram's latest occurrence ends that something followed."""
+        """Where the latest occurrence of an n-gram ends that something followed."""
         self._length = 2
         self._rest = SHORTEST_REST
         self._rest_until = 0
@@ -41,17 +41,15 @@ class PromptLookup:
             new: all that came after the first `num_tokens`.
             most: drafts at most.
         """
-        tokens, ends = self._tokens, self._ends
+        tokens = self._tokens
         for token in new:
-            end = len(tokens)  # what ends here is followed by the token
-            for n in NGRAMS:
-                if end >= n:
-                    ends[tuple(tokens[-n:])] = end
+            if len(tokens) >= NGRAM:
+                self._ends[tuple(tokens[-NGRAM:])] = len(tokens)
             tokens.append(token)
         count = min(self._length, most)
         if len(tokens) < self._rest_until or count < 1:
             return ()
-        at = next((at for n in NGRAMS if (at := ends.get(tuple(tokens[-n:])))), None)
+        at = self._ends.get(tuple(tokens[-NGRAM:]))
         if at is None:
             return ()
         period = len(tokens) - at  # what follows may reach the end: then it goes round

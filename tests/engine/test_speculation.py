@@ -241,17 +241,17 @@ def test_models_with_experts_draft_nothing(moe, registry) -> None:
         assert service.stats()["steps_total"] == 40
 
 
-def test_lookup_prefers_longer_and_later_occurrences_and_goes_round() -> None:
+def test_lookup_goes_on_from_the_latest_occurrence_and_round() -> None:
     def first(tokens: list[int], most: int = 3) -> tuple[int, ...]:
         return PromptLookup().propose(tokens, most)
 
-    assert first([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3]) == (9, 5), "two to begin with"
-    assert first([4, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3]) == (7, 1)
-    assert first([4, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3], most=1) == (7,)
+    assert first([0, 1, 2, 3, 9, 5, 8, 1, 2, 3, 7, 0, 1, 2, 3]) == (9, 5), "two to begin with"
+    assert first([0, 1, 2, 3, 9, 5, 0, 1, 2, 3, 7, 6, 0, 1, 2, 3]) == (7, 6)
+    assert first([0, 1, 2, 3, 9, 5, 0, 1, 2, 3, 7, 6, 0, 1, 2, 3], most=1) == (7,)
     assert first([1, 2, 3, 4]) == ()
-    assert first([1, 2, 1]) == ()
-    assert first([6, 6, 6]) == (6, 6)
-    assert first([1, 2, 3, 1, 2, 3, 1, 2]) == (3, 1)
+    assert first([1, 2, 3, 9, 1, 2, 3]) == ()
+    assert first([6, 6, 6, 6, 6]) == (6, 6)
+    assert first([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]) == (4, 1)
 
 
 def test_lookup_of_tokens_that_come_one_by_one_is_that_of_all_at_once() -> None:
@@ -264,7 +264,7 @@ def test_lookup_of_tokens_that_come_one_by_one_is_that_of_all_at_once() -> None:
 
 def test_drafts_grow_while_they_hold_and_rest_longer_each_time_they_do_not() -> None:
     lookup = PromptLookup()
-    drafts = lookup.propose([1, 2] * 4, 9)
+    drafts = lookup.propose([1, 2] * 5, 9)
     lengths = []
     for _ in range(3):
         lengths.append(len(drafts))
@@ -273,16 +273,17 @@ def test_drafts_grow_while_they_hold_and_rest_longer_each_time_they_do_not() -> 
     assert lengths == [2, 3, 4]
     lookup.learn(len(drafts), 2)
     assert len(lookup.propose([1, 2], 9)) == 2
-    rests = []
+    rests, going_on = [], itertools.cycle([1, 2])
     for _ in range(9):
         lookup.learn(1, 0)
-        tokens = 1
-        while not (drafts := lookup.propose([1 + tokens % 2], 9)):
-            tokens += 1
+        rest = 0
+        while not (drafts := lookup.propose([next(going_on)], 9)):
+            rest += 1
         assert len(drafts) == 1
-        rests.append(tokens - 1)
+        rests.append(rest)
     assert rests[:4] == [1, 2, 4, 8]
     assert rests[-1] == LONGEST_REST
     lookup.learn(1, 1)
     lookup.learn(1, 0)
-    assert lookup.propose([1], 9) == () != lookup.propose([2], 9)
+    assert not lookup.propose([next(going_on)], 9)
+    assert lookup.propose([next(going_on)], 9)
