@@ -89,7 +89,7 @@ def main() -> None:
     result = {}
     columns = "setting", "adapter", "temperature", "without", "with", "gain", "cpu", "drafted", "held", "a step", "same"
     print("|", " | ".join(columns), "|")
-    print("|", " --- |" * len(columns))
+    print("|" + " --- |" * len(columns))
     for setting, own in prompts(llms[0]).items():
         for adapter in ("base", "pirate"):
             for temperature in (0.0, 0.7):
