@@ -28,6 +28,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs,
         max_queue=MAX_QUEUE,
         adapter_memory=ADAPTER_MEMORY,
+        speculate=0,  # random weights repeat themselves as no text does
     )
     service.start()
 

@@ -81,6 +81,14 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     help="Memory for keys and values of past requests, from which later ones go on; 0 turns that off.",
 )
 @click.option(
+    "--speculate",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Tokens that an answer may guess from its own text in a step, on a CPU; 0 turns that off.",
+)
+@click.option(
     "--deterministic",
     is_flag=True,
     help="Make a request's tokens independent of what else is in the batch, bit for bit.",
@@ -98,6 +106,7 @@ def command(
     kv_memory: int | None,
     adapter_memory: int,
     prefix_memory: int,
+    speculate: int,
     deterministic: bool,
     merge_memory: int,
     open_page: bool,
@@ -114,6 +123,7 @@ def command(
         "kv_memory": kv_memory,
         "adapter_memory": adapter_memory,
         "prefix_memory": prefix_memory,
+        "speculate": speculate,
         "deterministic": deterministic,
         "merge_memory": merge_memory,
     }

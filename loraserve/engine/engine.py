@@ -3,7 +3,7 @@
 import time
 
 from loraserve.engine.runner import Runner
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.scheduler import Chunk, Scheduler
 from loraserve.engine.sequence import Sequence, Token
 from loraserve.errors import LoraserveError, NotFinite
 from loraserve.lora.adapter import Adapter
@@ -21,6 +21,8 @@ class Engine:
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self._stalled = False  # whoever waits, waits for something that no step brings
 
     @property
@@ -48,7 +50,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, sound: bool) -> None:
         if not sound:
-            self._runner.clear(sequence)
+            self._runner.clear(sequence, 0, sequence.num_tokens)
         self._release(sequence, sound)
 
     def step(self) -> list[tuple[Sequence, Event]]:
@@ -67,19 +69,36 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.count
             self.num_prompt_tokens += chunk.count if chunk.start < len(chunk.sequence.prompt_token_ids) else 0
-        results: list[tuple[Sequence, Event]] = []
-        for sequence, token in sampled:
+        return [(chunk.sequence, event) for chunk, tokens in sampled for event in self._postprocess(chunk, tokens)]
+
+    def _postprocess(self, chunk: Chunk, tokens: list[Token | None]) -> list[Event]:
+        """Append the token sampled after a chunk, and those after its drafts as long as the drafts are what came."""
+        sequence, drafts = chunk.sequence, chunk.drafts
+        if drafts and None in tokens:
+            # One row's NaN may have reached the others by the cache: all of them are computed again, without drafts.
+            self._runner.clear(sequence, chunk.start, chunk.num_rows)
+            sequence.num_computed = chunk.start
+            sequence.lookup.learn(len(drafts), 0)
+            return []
+        events: list[Event] = []
+        for token, draft in zip(tokens, (*drafts, None), strict=True):
             if token is None:
                 sequence.aborted = True
                 self._end(sequence, sound=False)
-                results.append((sequence, NotFinite()))
-                continue
+                return [NotFinite()]
             reason = sequence.append(token.token_id)
-            self.num_generated_tokens += 1
+            events.append(Token(token.token_id, reason, token.logprob, token.top_logprobs))
             if reason:
                 self._release(sequence)
-            results.append((sequence, Token(token.token_id, reason, token.logprob, token.top_logprobs)))
-        return results
+            if reason or token.token_id != draft:
+                break
+            sequence.num_computed += 1  # the draft, whose keys and values are there
+        self.num_generated_tokens += len(events)
+        if drafts:
+            self.num_drafted_tokens += len(drafts)
+            self.num_accepted_tokens += len(events) - 1
+            sequence.lookup.learn(len(drafts), len(events) - 1)
+        return events
 
     def _release(self, sequence: Sequence, sound: bool = True) -> None:
         self._stalled = False

@@ -55,7 +55,7 @@ class DecodeGraphs:
         Returns:
             The logits (len(chunks), vocab_size), valid until the next call; None if the step cannot be recorded.
         """
-        if any(chunk.count != 1 or not chunk.samples for chunk in chunks):
+        if any(chunk.num_rows != 1 or not chunk.samples for chunk in chunks):
             return None
         entries = [(row, adapter, weight) for row, chunk in enumerate(chunks)
                    for adapter, weight in chunk.sequence.adapters if weight]  # fmt: skip

@@ -4,6 +4,7 @@ Layout per layer: (slots, KV, max_model_len, D). A slot's history is one strided
 the memory of positions that are never reached is never touched, and so costs nothing on a CPU.
 """
 
+import itertools
 import math
 import mmap
 from collections.abc import Sequence as List
@@ -29,10 +30,10 @@ class KVCache:
         self.num_slots = num_slots
         self.max_model_len = max_model_len
 
-    def clear(self, slot: int, length: int) -> None:
-        """Zero the first `length` positions of a slot."""
+    def clear(self, slot: int, start: int, count: int) -> None:
+        """Zero `count` positions of a slot from `start` on."""
         for tensor in (*self.keys, *self.values):
-            tensor[slot, :, :length] = 0
+            tensor[slot, :, start : start + count] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a slot to another."""
@@ -56,7 +57,7 @@ class CachedAttention:
     """The attention of one step over a KVCache: writes the new keys and values, then attends to each slot's history.
 
     Args:
-        chunks: the step's chunks, those of one token first; their tokens are the rows, in order.
+        chunks: the step's chunks, those of one token first; their tokens and drafts are the rows, in order.
         repeatable: a row's result must not depend on the rows beside it, so every row is attended to by itself.
     """
 
@@ -65,24 +66,25 @@ class CachedAttention:
         self._cache = cache
         self._positions = positions  # (N,)
         self._kernels = dispatch.of(device, cache.keys[0].dtype, cache.keys[0].shape[3])
-        self.max_position = max(chunk.start + chunk.count for chunk in chunks)
-        slots = [chunk.sequence.slot for chunk in chunks]
-        of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.count)]
+        self.max_position = max(chunk.start + chunk.num_rows for chunk in chunks)
+        of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.num_rows)]
         self._slots = torch.tensor(of_rows, device=device)  # (N,)
-        b = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks))
+        decoding = list(itertools.takewhile(lambda chunk: chunk.count == 1, chunks))
+        prompts = chunks[len(decoding) :]
+        b = sum(chunk.num_rows for chunk in decoding)
         if repeatable and self._kernels:
-            b, chunks = len(of_rows), []
+            b, prompts = len(of_rows), []
         self._num_decoding = b
         self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         if b and not self._kernels:
-            self._length = max(chunk.start for chunk in chunks[:b]) + 1
+            self._length = max(chunk.start + chunk.num_rows for chunk in decoding)
             seen = torch.arange(self._length, device=device) <= positions[:b, None]  # (B, L)
             self._seen = seen[:, None, None]  # (B, 1, 1, L)
-            first = slots[0]
-            dense = slots[:b] == list(range(first, first + b))
+            first = of_rows[0]
+            dense = of_rows[:b] == list(range(first, first + b))
             self._decoding: slice | Tensor = slice(first, first + b) if dense else self._slots[:b]
         row = b
-        for chunk in chunks[b:]:
+        for chunk in prompts:
             rows, end = slice(row, row + chunk.count), chunk.start + chunk.count
             mask = None
             if chunk.start:

@@ -42,7 +42,8 @@ class LLM:
         tokenizer: the tokenizer's directory, for a `.pth`.
         device, dtype: see `load_base`.
         seed: makes requests without a seed of their own repeatable.
-        limits: `max_model_len`, `max_num_seqs`, `kv_memory`, `adapter_memory`, `merge_memory` of `Service`.
+        limits: `max_model_len`, `max_num_seqs`, `kv_memory`, `adapter_memory`, `merge_memory` and `speculate` of
+            `Service`.
 
     Usable as a context manager; `close` ends the engine's thread.
     """

@@ -4,9 +4,11 @@ The base's model computes all sequences but those of merged adapters, whose mode
 and values lie in one cache.
 """
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from loraserve.base.model import Model
 from loraserve.engine.kv_cache import CachedAttention, KVCache
@@ -59,45 +61,41 @@ class Runner:
             self._graphs = graphs.DecodeGraphs(model, cache, graphs.cuda_graphs())
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
-        """Compute the chunks; return a new token for each sequence whose prompt is complete.
+    def run(self, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:
+        """Compute the chunks; return for each that samples a new token, and one more after each of its drafts.
 
-        None stands for logits that are not finite: the sequence cannot go on.
+        None stands for logits that are not finite.
         """
         by_model: dict[Any, list[Chunk]] = {}
         for chunk in chunks:
             by_model.setdefault(chunk.sequence.merged, []).append(chunk)
         return [result for merged, own in by_model.items() for result in self._forward(merged, own)]
 
-    def _forward(self, merged: Any, chunks: list[Chunk]) -> list[tuple[Sequence, Token | None]]:
+    def _forward(self, merged: Any, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:
         if merged is None and self._graphs is not None and (replayed := self._graphs.run(chunks)) is not None:
-            decoding = [chunk.sequence for chunk in chunks]
-            return list(zip(decoding, sample(replayed, decoding), strict=True))
+            return _sampled(replayed, chunks)
         ids: list[int] = []
         positions: list[int] = []
-        last_rows: list[int] = []
+        rows: list[int] = []
         for chunk in chunks:
-            ids += chunk.sequence.tokens(chunk.start, chunk.count)
-            positions += range(chunk.start, chunk.start + chunk.count)
+            ids += chunk.token_ids
+            positions += range(chunk.start, chunk.start + chunk.num_rows)
             if chunk.samples:
-                last_rows.append(len(ids) - 1)
+                rows += range(len(ids) - len(chunk.drafts) - 1, len(ids))
         where = torch.tensor(positions, device=self._device)
         logits = (self._model if merged is None else merged.model)(
             torch.tensor(ids, device=self._device),
             where,
             CachedAttention(self._cache, chunks, where, self._deterministic),
             self._lora_batch(chunks),
-            rows=torch.tensor(last_rows, dtype=torch.int64) if len(last_rows) < len(ids) else None,
+            rows=torch.tensor(rows, dtype=torch.int64) if len(rows) < len(ids) else None,
         )
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sampling:
-            return []
-        return list(zip(sampling, sample(logits, sampling), strict=True))
+        return _sampled(logits, [chunk for chunk in chunks if chunk.samples])
 
-    def clear(self, sequence: Sequence) -> None:
-        """Zero the keys and values of a sequence that ends unseen: NaN among them would reach its slot's next owner."""
+    def clear(self, sequence: Sequence, start: int, count: int) -> None:
+        """Zero keys and values of a sequence that may not be sound: NaN would reach its slot's next owner."""
         if sequence.slot >= 0:
-            self._cache.clear(sequence.slot, sequence.num_tokens)
+            self._cache.clear(sequence.slot, start, count)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the keys and values of the first `count` positions of a slot to another."""
@@ -127,7 +125,20 @@ class Runner:
             self._stacked = {adapter: slot for slot, adapter in enumerate(ordered)}
             self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
         segments = [
-            (chunk.count, [(self._stacked[adapter], weight) for adapter, weight in chunk.sequence.adapters if weight])
+            (
+                chunk.num_rows,
+                [(self._stacked[adapter], weight) for adapter, weight in chunk.sequence.adapters if weight],
+            )
             for chunk in chunks
         ]
         return LoraBatch.from_segments(self._stack, segments, self._device, self._deterministic)
+
+
+def _sampled(logits: Tensor, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:
+    """Sample from the logits (R, vocab_size) after the chunks' last tokens and after each of their drafts."""
+    if not chunks:
+        return []
+    sequences = [chunk.sequence for chunk in chunks for _ in range(len(chunk.drafts) + 1)]
+    drafts = [chunk.drafts[:i] for chunk in chunks for i in range(len(chunk.drafts) + 1)]
+    tokens = iter(sample(logits, sequences, drafts))
+    return [(chunk, list(itertools.islice(tokens, len(chunk.drafts) + 1))) for chunk in chunks]

@@ -1,7 +1,8 @@
 """Which sequences run in the next step, and how many tokens of each. Pure bookkeeping: no torch, no clock.
 
 Running sequences that decode come first, one token each; what is left of the step's token budget goes to prompts, in
-order of arrival, in chunks. A sequence owns one cache slot from admission to its end, so nothing is ever preempted.
+order of arrival, in chunks. While the rows of a step are few, sequences that decode take drafts along, see
+`speculation`. A sequence owns one cache slot from admission to its end, so nothing is ever preempted.
 """
 
 from collections import deque
@@ -12,15 +13,27 @@ from loraserve.engine.slots import Copy, Slots
 
 PATIENCE = 2.0
 """Seconds for which others may overtake a sequence whose adapters have no room; then everybody waits."""
+SPARE_ROWS = 4
+"""Weights are read once for so many rows, which is what most of a CPU's step takes: drafts fill a step up to that."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `start + count` of a sequence, to be computed in this step."""
+    """Tokens `start` to `start + count` of a sequence, to be computed in this step, and the drafts of the next ones."""
 
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.count + len(self.drafts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """(num_rows,), at positions from `start` on."""
+        return [*self.sequence.tokens(self.start, self.count), *self.drafts]
 
     @property
     def samples(self) -> bool:
@@ -36,9 +49,12 @@ class Scheduler:
         max_running: sequences that can run at once, no more than there are slots.
         max_batched_tokens: tokens computed in one step at most.
         max_adapters: distinct adapters in one step at most.
+        max_drafts: of a sequence in one step.
     """
 
-    def __init__(self, slots: Slots, max_running: int, max_batched_tokens: int, max_adapters: int) -> None:
+    def __init__(
+        self, slots: Slots, max_running: int, max_batched_tokens: int, max_adapters: int, max_drafts: int = 0
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.copies: list[Copy] = []
@@ -47,6 +63,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_batched_tokens = max_batched_tokens
         self._max_adapters = max_adapters
+        self._max_drafts = max_drafts
 
     @property
     def has_work(self) -> bool:
@@ -64,13 +81,22 @@ class Scheduler:
         self.copies = []
         self._admit(now)
         decoding = [s for s in self.running if s.num_computed == s.num_tokens - 1]
-        chunks = [Chunk(s, s.num_computed, 1) for s in decoding]
+        chunks = self._with_drafts(decoding)
         budget = max(self._max_batched_tokens - len(chunks), 0)
         for sequence in self.running:
             left = sequence.num_tokens - sequence.num_computed
             if left > 1 and budget > 0:
                 chunks.append(Chunk(sequence, sequence.num_computed, min(left, budget)))
                 budget -= chunks[-1].count
+        return chunks
+
+    def _with_drafts(self, decoding: list[Sequence]) -> list[Chunk]:
+        """One token of each, and what drafts there is room for; none beside prompts, whose rows are many anyway."""
+        room = SPARE_ROWS - len(decoding) if len(decoding) == len(self.running) else 0
+        chunks = []
+        for sequence in decoding:
+            chunks.append(Chunk(sequence, sequence.num_computed, 1, sequence.draft(min(room, self._max_drafts))))
+            room -= len(chunks[-1].drafts)
         return chunks
 
     def release(self, sequence: Sequence, sound: bool = True) -> None:

@@ -1,11 +1,13 @@
 """One request on its way through the engine. Speaks token ids only; knows no torch and no text."""
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loraserve.engine.params import SamplingParams
+from loraserve.engine.speculation import PromptLookup
 from loraserve.errors import LoraserveError
 
 Weighted = tuple[tuple[Any, float], ...]
@@ -70,8 +72,12 @@ class Sequence:
     turn: float | None = None
     """When it would first have been admitted, but for its adapters."""
 
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    """Guesses its next tokens."""
+
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
+        self._drawn: deque[float] = deque()
 
     @property
     def num_tokens(self) -> int:
@@ -85,13 +91,28 @@ class Sequence:
             return self.output_token_ids[start : start + count]
         return (prompt[start : start + count] + self.output_token_ids)[:count]
 
-    def uniform(self) -> float:
-        """The next number in [0, 1) of this request's own random stream."""
-        return self._random.random()
+    def draft(self, most: int) -> tuple[int, ...]:
+        """Guess up to `most` of the next tokens, and leave room for the one that is sampled after them."""
+        most = min(most, self.max_tokens - len(self.output_token_ids) - 1)
+        if most < 1:
+            return ()
+        known = self.lookup.num_tokens
+        return self.lookup.propose(self.tokens(known, self.num_tokens - known), most)
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) of this request's own random stream for the next token, or one `ahead` of that.
+
+        It stays that token's until the token is appended, however often it is asked for.
+        """
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self._random.random())
+        return self._drawn[ahead]
 
     def append(self, token_id: int) -> str | None:
         """Add a generated token; return why the sequence is finished, or None."""
         self.output_token_ids.append(token_id)
+        if self._drawn:
+            self._drawn.popleft()
         if token_id in self.stop_ids:
             return "stop"
         return "length" if len(self.output_token_ids) >= self.max_tokens else None

@@ -44,6 +44,9 @@ MAX_PREFIXES = 256
 MAX_ACTIVE_ADAPTERS = 64
 """Distinct adapters in one step; requests for more wait. Four times the largest blend."""
 
+SPECULATE = 3
+"""Drafts of a sequence in one step at most."""
+
 
 class Service:
     """A base, a registry and an engine.
@@ -58,6 +61,8 @@ class Service:
             ones; 0 turns the sharing of prefixes off.
         deterministic: a request's tokens do not depend on what else is in the batch, bit for bit.
         merge_memory: bytes for the layers of merged adapters; a merge that does not fit is refused.
+        speculate: tokens that a sequence may guess in one step at most, 0 for none; see `speculation`. Only on a CPU,
+            and for models without experts: elsewhere more rows cost more time.
         seed: makes requests without a seed of their own repeatable in order of submission.
 
     Raises:
@@ -77,6 +82,7 @@ class Service:
         prefix_memory: int = PREFIX_MEMORY,
         deterministic: bool = False,
         merge_memory: int = MERGE_MEMORY,
+        speculate: int = SPECULATE,
         seed: int | None = None,
     ) -> None:
         limit = base.config.max_position_embeddings
@@ -99,7 +105,8 @@ class Service:
         self._slots = Slots(num_slots, share_prefixes=prefix_memory > 0)
         cache = apart(KVCache, base.config, num_slots, self.max_model_len, base.device, base.dtype)
         budget = max(MAX_BATCHED_TOKENS, self.max_num_seqs)
-        scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS)
+        drafts = speculate if base.device.type == "cpu" and not base.config.num_experts else 0
+        scheduler = Scheduler(self._slots, self.max_num_seqs, budget, MAX_ACTIVE_ADAPTERS, drafts)
         self._engine = Engine(Runner(base.model, cache, base.int8, deterministic), scheduler)
         self._worker = Worker(self._engine, self.max_num_seqs + max_queue)
         self.adapters.on_change = lambda: self._worker.post(self._engine.wake)
@@ -222,6 +229,8 @@ class Service:
             "steps_total": self._engine.num_steps,
             "prompt_tokens_total": self._engine.num_prompt_tokens,
             "generated_tokens_total": self._engine.num_generated_tokens,
+            "drafted_tokens_total": self._engine.num_drafted_tokens,
+            "accepted_tokens_total": self._engine.num_accepted_tokens,
             "prefix_shared_tokens_total": self._slots.num_shared_tokens,
             "prefix_slots_held": self._slots.num_held,
             "adapters_loaded": len(self.adapters.names()),

@@ -94,8 +94,8 @@ class Serving:
         chunks = [Chunk(s, 0, len(s.prompt_token_ids)) for s in running]
         while chunks:
             results = self.runner.run(chunks)
-            assert [sequence for sequence, _ in results] == running
-            running = [sequence for sequence, token in results if sequence.append(token.token_id) is None]
+            assert [chunk.sequence for chunk, _ in results] == running
+            running = [chunk.sequence for chunk, (token,) in results if chunk.sequence.append(token.token_id) is None]
             chunks = [Chunk(s, s.num_tokens - 1, 1) for s in running]
         self.runner.forget_adapters()
         return [sequence.output_token_ids for sequence in sequences]

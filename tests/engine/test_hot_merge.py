@@ -98,7 +98,10 @@ def test_merged_base_and_other_adapters_in_one_batch_answer_as_before_any_merge(
                 assert all(abs(row[other.token_id].item() - other.logprob) < limit for other in token.top)
 
 
-def test_the_bases_bits_are_the_same_before_during_and_after(service: Service, base: Base) -> None:
+def test_the_bases_bits_are_the_same_before_during_and_after(base: Base, registry: Registry) -> None:
+    # Drafts beside it are more rows of the base's, which in float32 change a row's last bits, and only when it is alone.
+    service = Service(base, registry, max_model_len=192, max_num_seqs=16, speculate=0)
+    service.start()
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     packed = [module._weight.clone() for module in base.model.modules() if isinstance(module, Joint)]
     watched = dataclasses.replace(GREEDY, logprobs=5)
@@ -120,6 +123,7 @@ def test_the_bases_bits_are_the_same_before_during_and_after(service: Service, b
     found = [module._weight for module in base.model.modules() if isinstance(module, Joint)]
     assert all(torch.equal(a, b) for a, b in zip(found, packed, strict=True))
     assert compute(read_checkpoint(base.path)) == base.fingerprint
+    service.stop()
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])

@@ -34,8 +34,7 @@ def test_mixed_adapter_batch_matches_each_request_alone(service: Service) -> Non
     watched = replace(GREEDY, logprobs=20)
     pieces = [list(g) for g in [service.generate(prompt, spec, watched) for prompt, spec in asked]]
     steps_mixed = service.stats()["steps_total"] - steps_alone
-    assert steps_alone == len(asked) * 20
-    assert steps_mixed < 2 * 20, "the requests must have shared their steps"
+    assert steps_mixed < min(2 * 20, steps_alone / 3), "the requests must have shared their steps"
     assert [[i for piece in answer for i in piece.token_ids] for answer in pieces] == alone
     assert alone == [naive(service, p, s, 20) for p, s in zip(PROMPTS, SPECS, strict=True)]
     for (prompt, spec), answer, ids in zip(asked, pieces, alone, strict=True):

@@ -16,8 +16,12 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
 
 def draws(count: int, prompt: list[int] | None = None, output: list[int] | None = None, **params) -> Counter:
     sequence = Sequence(prompt or [0], SamplingParams(**params), 10, seed=3)
-    sequence.output_token_ids = output or []
-    return Counter(sample(LOGITS, [sequence])[0].token_id for _ in range(count))
+    seen: Counter = Counter()
+    for _ in range(count):
+        sequence.output_token_ids = list(output or [])
+        seen[token_id := sample(LOGITS, [sequence])[0].token_id] += 1
+        sequence.append(token_id)
+    return seen
 
 
 def test_frequencies_follow_the_softmax_at_the_given_temperature() -> None:
@@ -69,6 +73,24 @@ def test_logprobs_are_the_models_own_and_ranked() -> None:
     assert second.logprob == pytest.approx(expected[second.token_id].item())
     assert [token_id for token_id, _ in second.top_logprobs] == [0, 1]
     assert second.top_logprobs[1][1] == pytest.approx(expected[1].item())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_row_after_drafts_is_sampled_as_if_they_had_been_appended(temperature: float) -> None:
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=1.4, frequency_penalty=0.6, presence_penalty=0.4
+    )
+    logits = torch.linspace(0.1, 0.9, 9).repeat(5, 1)
+    drafts = (8, 7, 7, 5)
+    one_by_one, plain = Sequence([1, 2], params, 10, seed=8), Sequence([1, 2], params, 10, seed=8)
+    wanted = []
+    for row, draft in zip(logits, (*drafts, 0), strict=True):
+        wanted.append(sample(row.unsqueeze(0), [one_by_one])[0])
+        one_by_one.append(draft)
+    rows = [drafts[:i] for i in range(5)]
+    assert sample(logits, [plain] * 5, rows) == wanted
+    assert sample(logits, [plain] * 5) != wanted, "the drafts must matter"
+    assert sample(logits, [plain] * 5, rows) == wanted, "what is not appended is not drawn"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

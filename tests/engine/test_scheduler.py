@@ -164,3 +164,32 @@ def test_adapters_are_held_only_by_who_is_admitted() -> None:
         scheduler.add(s)
     assert [s for s, _, _ in advance(scheduler)] == [first, same]
     assert (a.taken, b.taken, c.taken) == (True, False, True)
+
+
+def test_drafts_take_the_rows_that_are_left_and_none_stand_beside_prompts() -> None:
+    slots = Slots(8, share_prefixes=False)
+    scheduler = Scheduler(slots, max_running=8, max_batched_tokens=100, max_adapters=4, max_drafts=2)
+
+    def step() -> list[tuple[int, tuple[int, ...]]]:
+        chunks = scheduler.schedule(0.0)
+        for chunk in chunks:
+            chunk.sequence.num_computed += chunk.count
+            chunk.sequence.append(6)
+        assert all(chunk.num_rows == len(chunk.token_ids) == chunk.count + len(chunk.drafts) for chunk in chunks)
+        return [(chunk.count, chunk.drafts) for chunk in chunks]
+
+    def repeating() -> Sequence:
+        return Sequence([6] * 5, SamplingParams(), 50)
+
+    scheduler.add(repeating())
+    assert step() == [(5, ())]
+    assert step() == [(1, (6, 6))]
+    scheduler.add(repeating())
+    assert step() == [(1, ()), (5, ())]
+    assert step() == [(1, (6, 6)), (1, ())]
+    scheduler.running[0].max_tokens = len(scheduler.running[0].output_token_ids) + 2
+    assert step() == [(1, (6,)), (1, (6,))], "one more and the one that is sampled after it end the first"
+    scheduler.add(repeating())
+    scheduler.add(repeating())
+    step()
+    assert step() == [(1, ())] * 4
