@@ -40,7 +40,7 @@ def _list(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
 
 
 @command.command(cls=LoraserveCommand)
-@click.option("--repeats", type=REPEATS, default=3, show_default=True, help="Measured rounds of each case.")
+@click.option("--repeats", type=REPEATS, default=7, show_default=True, help="Measured rounds of each case.")
 @click.option(
     "--cases",
     callback=_list,
@@ -188,9 +188,11 @@ def _show(result: Mapping[str, Any]) -> None:
             if own:
                 click.echo(f"{'':43} {', '.join(own)}")
         for pair, ratios in case["ratios"].items():
-            click.echo(
-                f"{'':28} {pair} = {ratios['tokens_per_s']:.2f}x the tokens/s, {ratios['ttft_ms']:.2f}x the TTFT"
+            speed, wait = (
+                f"{ratios[key]:.2f}x the {name} ({low:.2f} to {high:.2f})"
+                for (key, (low, high)), name in zip(case["spreads"][pair].items(), ("tokens/s", "TTFT"), strict=True)
             )
+            click.echo(f"{'':28} {pair} = {speed}, {wait}")
         for name, reason in case["skipped"].items():
             click.echo(f"{case['name']:28} {name:14} skipped: {reason}")
     for name, reason in result["skipped"].items():
