@@ -29,6 +29,7 @@ COLD_ADAPTERS = 3
 class Case:
     """`clients` requests at once, over `adapters` distinct adapters in turn (0 is the base).
 
+    idle: adapters that are loaded, for each has answered before, and that nobody asks meanwhile.
     kind: `batch` is just that. `cold` asks one client at a time, an adapter in use and one never touched in turn.
         `conversation` asks, and then asks again with what was said and `question` tokens more as the prompt.
     family: adapters are named by it and a number.
@@ -37,6 +38,7 @@ class Case:
     name: str
     clients: int
     adapters: int
+    idle: int = 0
     prompt: int = 64
     new: int = 128
     kind: str = "batch"
@@ -102,6 +104,8 @@ def compete(serve: Serve, channel: TextIO, *, version: str, pid: int | None = No
 def play(case: Case, serve: Serve) -> dict[str, Any]:
     """Run a case and return its figures; times are in milliseconds."""
     rng = random.Random(f"{case.name} {case.seed}")
+    if case.idle:
+        serve([Request(_tokens(rng, case.prompt), 1, f"{case.family}{case.adapters + i}") for i in range(case.idle)])
     if case.kind == "cold":
         return asdict(case) | _play_cold(case, serve, rng)
     if case.kind == "conversation":

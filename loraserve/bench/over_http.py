@@ -47,14 +47,15 @@ def openai_text(event: dict[str, Any]) -> str:
 
 
 def llama_body(request: Request) -> dict[str, Any]:
-    adapter = [{"id": int(request.adapter[1:]), "scale": 1.0}] if request.adapter else []
+    # A request that names none gets all that the server has.
+    adapter = {"id": int(request.adapter[1:]), "scale": 1.0} if request.adapter else {"id": 0, "scale": 0.0}
     return {
         "prompt": request.prompt,
         "n_predict": request.new,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "lora": adapter,
+        "lora": [adapter],
     }
 
 

@@ -3,7 +3,7 @@
 The machine's speed drifts, so a ratio is taken of what stood next to each other, not of two medians.
 
 Contestants are started anew for each number of adapters that they have at hand, so that a peer whose base is slower
-with adapters enabled shows its best, and memory is that of what the cases need.
+with adapters enabled shows its best where none are, and memory is that of what the cases need.
 """
 
 import statistics
@@ -27,6 +27,7 @@ CASES = {
     "base-1": Case("1 client, base", 1, 0),
     "base-16": Case("16 clients, base", 16, 0),
     "long-prompt": Case("long prompt", 1, 0, prompt=1536, new=32),
+    "base-16-lora": Case("16 clients, base, 8 adapters loaded", 16, 0, idle=8),
     "one-1": Case("1 client, one adapter", 1, 1),
     "one-16": Case("16 clients, one adapter", 16, 1),
     "mixed-16": Case("16 clients, 8 adapters", 16, 8),
@@ -36,7 +37,7 @@ CASES = {
 }
 """By what `--cases` calls them; those with the same adapters at hand stand together."""
 LOADED = 8
-"""Adapters that a server has at hand in the cases with adapters, at least."""
+"""Adapters that a contestant has at hand in the cases with adapters, at least."""
 RATIOS = ("tokens_per_s", "ttft_ms")
 FIGURES = ("tokens", "tokens_per_s", "ttft_ms", "ttft_p95_ms", "itl_ms", "itl_p95_ms", "peak_rss_mb")
 OWN_FIGURES = {"cold": ("warm_ttft_ms", "cold_ms"), "conversation": ("first_ttft_ms",)}
@@ -125,7 +126,8 @@ def pick(names: Sequence[str], known: Mapping[str, Any], option: str) -> list[st
 
 def _at_hand(case: Case) -> int:
     """How many adapters a contestant has when it plays `case`."""
-    return max(case.adapters, LOADED) if case.adapters else 0
+    used = case.adapters + case.idle
+    return max(used, LOADED) if used else 0
 
 
 def measure(

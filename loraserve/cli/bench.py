@@ -47,7 +47,8 @@ def _list(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
     default="all",
     show_default=True,
     metavar="NAMES",
-    help="base-1, base-16, long-prompt, one-1, one-16, mixed-16, cold, multi-turn, mixed-256, with commas between.",
+    help="base-1, base-16, long-prompt, base-16-lora, one-1, one-16, mixed-16, cold, multi-turn, mixed-256, with "
+    "commas between.",
 )
 @click.option(
     "--peers",

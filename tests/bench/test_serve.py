@@ -33,6 +33,7 @@ TINY = ModelConfig(
     qk_norm=True,
 )
 CASES = {
+    "loaded": Case("2 clients, base, 2 adapters loaded", 2, 0, idle=2, prompt=8, new=4),
     "mixed": Case("3 clients, 2 adapters", 3, 2, prompt=8, new=6),
     "cold": Case("cold adapter", 1, 1, prompt=8, new=2, kind="cold"),
     "multi-turn": Case("multi-turn", 1, 1, prompt=16, new=4, kind="conversation", question=5),
@@ -157,7 +158,7 @@ def test_all_contestants_give_the_same_answers(result: Mapping[str, Any]) -> Non
     """Rows that got each other's adapters, or token ids read off the text wrongly, would show here."""
     digests = {key: {row["digest"] for row in case["figures"].values()} for key, case in result["cases"].items()}
     assert all(len(same) == 1 for same in digests.values()), digests
-    assert len(set.union(*digests.values())) == 3
+    assert len(set.union(*digests.values())) == len(CASES)
 
 
 def test_a_conversation_continues_with_what_was_answered() -> None:
@@ -171,6 +172,20 @@ def test_a_conversation_continues_with_what_was_answered() -> None:
     first, second = seen
     assert second.prompt[:6] == [*first.prompt, 7, 8] and len(second.prompt) == 9
     assert first.adapter == second.adapter == "a0"
+
+
+def test_idle_adapters_have_answered_before_and_do_not_meanwhile() -> None:
+    """An engine that loads when it is asked would else have none of them."""
+    seen: list[list[Request]] = []
+
+    def serve_requests(requests: list[Request]) -> list[Answer]:
+        seen.append(requests)
+        return [Answer([7] * request.new, [1.0]) for request in requests]
+
+    figures = play(Case("loaded", 2, 0, idle=3, prompt=4, new=5), serve_requests)
+    before, measured = seen
+    assert [request.adapter for request in before] == ["a0", "a1", "a2"]
+    assert [request.adapter for request in measured] == [None, None] and figures["tokens"] == 10
 
 
 def test_no_two_rounds_or_cases_have_a_prompt_in_common() -> None:
