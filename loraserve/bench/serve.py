@@ -73,7 +73,7 @@ def run(
     Raises:
         LoraserveError: a contestant failed; the message names it.
     """
-    present, skipped = select(contestants, peers)
+    present, skipped = select(contestants, peers, dtype)
     for name, reason in skipped.items():
         note(f"{name} is skipped: {reason}")
     versions: dict[str, str] = {}

@@ -133,6 +133,13 @@ def test_a_server_of_ours_takes_part_only_beside_another_server() -> None:
     assert [c.name for c in select(["loraserve-http"], Peers())[0]] == ["loraserve", "loraserve-http"]
 
 
+def test_in_eight_bits_a_peer_without_them_is_skipped_with_the_reason() -> None:
+    present, skipped = select(["peft", "vllm", "loraserve-http"], Peers(), "int8")
+    assert [c.name for c in present] == ["loraserve", "loraserve-http"]
+    assert set(skipped) == {"peft", "vllm"} and all("8-bit" in reason for reason in skipped.values())
+    assert "llama-server" in select(["llama-http"], Peers(), "int8")[1]["llama-http"], "it could, were it there"
+
+
 def test_results_are_drawn(result: Mapping[str, Any]) -> None:
     few = {**result, "cases": {"mixed": result["cases"]["mixed"]}}
     width, height = size_of(serve_picture(result))
