@@ -154,7 +154,8 @@ def scaling(repeats: int, sweeps: list[str], http: bool, dtype: str, r: int, out
     if out and http:
         _write(out, result, {"http.png": serve_picture(result)})
     elif out:
-        _write(out, result, {f"{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items()})
+        pictures = {f"scaling-{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items()}
+        _write(out, result, pictures)
     click.echo(json.dumps(result))
 
 
