@@ -83,6 +83,7 @@ def arguments(description: str) -> tuple[argparse.Namespace, TextIO]:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
+    parser.add_argument("--deterministic", action="store_true", help="for loraserve: tokens do not depend on the batch")
     parser.add_argument("--server", help="for those over HTTP: how to start it, as JSON")
     args = parser.parse_args()
     channel = os.fdopen(os.dup(1), "w")

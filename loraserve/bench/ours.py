@@ -28,6 +28,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs,
         max_queue=MAX_QUEUE,
         adapter_memory=ADAPTER_MEMORY,
+        deterministic=args.deterministic,
     )
     service.start()
 

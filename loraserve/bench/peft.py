@@ -40,9 +40,6 @@ def main() -> None:
             model = peft.PeftModel.from_pretrained(model, path, adapter_name=name, autocast_adapter_dtype=False)
         else:
             model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
-        for parameter_name, parameter in model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.data = parameter.data.to(device, dtype)
         loaded.add(name)
 
     def choose(requests: list[Request]) -> tuple[AbstractContextManager[Any], dict[str, Any]]:
