@@ -29,6 +29,7 @@ COLD_ADAPTERS = 3
 class Case:
     """`clients` requests at once, over `adapters` distinct adapters in turn (0 is the base).
 
+    idle: adapters that are loaded, for each has answered before, and that nobody asks meanwhile.
     kind: `batch` is just that. `cold` asks one client at a time, an adapter in use and one never touched in turn.
         `conversation` asks, and then asks again with what was said and `question` tokens more as the prompt.
     family: adapters are named by it and a number.
@@ -37,6 +38,7 @@ class Case:
     name: str
     clients: int
     adapters: int
+    idle: int = 0
     prompt: int = 64
     new: int = 128
     kind: str = "batch"
@@ -81,6 +83,7 @@ def arguments(description: str) -> tuple[argparse.Namespace, TextIO]:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
+    parser.add_argument("--deterministic", action="store_true", help="for loraserve: tokens do not depend on the batch")
     parser.add_argument("--server", help="for those over HTTP: how to start it, as JSON")
     args = parser.parse_args()
     channel = os.fdopen(os.dup(1), "w")
@@ -102,6 +105,8 @@ def compete(serve: Serve, channel: TextIO, *, version: str, pid: int | None = No
 def play(case: Case, serve: Serve) -> dict[str, Any]:
     """Run a case and return its figures; times are in milliseconds."""
     rng = random.Random(f"{case.name} {case.seed}")
+    if case.idle:
+        serve([Request(_tokens(rng, case.prompt), 1, f"{case.family}{case.adapters + i}") for i in range(case.idle)])
     if case.kind == "cold":
         return asdict(case) | _play_cold(case, serve, rng)
     if case.kind == "conversation":
@@ -142,12 +147,15 @@ def _tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def _timed(serve: Serve, requests: list[Request]) -> tuple[dict[str, Any], list[Answer]]:
-    """All requests are sent at the same moment, and every time counts from then. `digest` is of all answers' tokens."""
+    """All requests are sent at the same moment, and every time counts from then, to the last piece of all answers.
+
+    `digest` is of all answers' tokens.
+    """
     started = time.perf_counter()
     answers = serve(requests)
-    seconds = time.perf_counter() - started
     for request, answer in zip(requests, answers, strict=True):
         assert len(answer.token_ids) == request.new, f"{len(answer.token_ids)} tokens instead of {request.new}"
+    seconds = max(answer.times[-1] for answer in answers) - started
     firsts = [answer.times[0] - started for answer in answers]
     gaps = [b - a for answer in answers for a, b in pairwise(answer.times)]
     tokens = sum(len(answer.token_ids) for answer in answers)

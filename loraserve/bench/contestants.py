@@ -55,6 +55,7 @@ class Contestant:
     command: how to start it.
     refuses: says why it cannot play a case; "" if it can.
     environment: what its process needs beyond this one's.
+    int8: whether it has 8-bit weights for the benchmark's base.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Contestant:
     command: Callable[[Field, Peers], list[str]]
     refuses: Callable[[Case], str] = lambda case: ""
     environment: Callable[[Peers], dict[str, str]] = lambda peers: {}
+    int8: bool = True
 
     @property
     def ours(self) -> str:
@@ -70,16 +72,21 @@ class Contestant:
         return "loraserve-http" if self.over_http else "loraserve"
 
 
-def select(names: Sequence[str], peers: Peers) -> tuple[list[Contestant], dict[str, str]]:
+def select(names: Sequence[str], peers: Peers, dtype: str = "bfloat16") -> tuple[list[Contestant], dict[str, str]]:
     """Return those of `names` that can take part, loraserve's own first, and {name: why} for those that cannot.
 
     loraserve takes part in any case, its server where another server does.
     """
     wanted = [CONTESTANTS[name] for name in CONTESTANTS if name in names]
-    skipped = {c.name: reason for c in wanted if (reason := c.missing(peers))}
+    skipped = {c.name: reason for c in wanted if (reason := _unfit(c, dtype) or c.missing(peers))}
     present = [c.name for c in wanted if c.name not in skipped]
     present += ["loraserve", *("loraserve-http" for name in present if CONTESTANTS[name].over_http)]
     return [c for name, c in CONTESTANTS.items() if name in present], skipped
+
+
+def _unfit(contestant: Contestant, dtype: str) -> str:
+    fit = dtype != "int8" or contestant.int8
+    return "" if fit else "it takes 8-bit weights only from a checkpoint that some other tool has quantised"
 
 
 def _flags(field: Field) -> list[str]:
@@ -261,9 +268,9 @@ def _table(*contestants: Contestant) -> dict[str, Contestant]:
 
 CONTESTANTS: dict[str, Contestant] = _table(
     Contestant("loraserve", False, _nothing, _module("ours")),
-    Contestant("peft", False, _peft_missing, _module("peft")),
-    Contestant("vllm", False, _vllm_missing, _vllm, environment=_vllm_environment),
+    Contestant("peft", False, _peft_missing, _module("peft"), int8=False),
+    Contestant("vllm", False, _vllm_missing, _vllm, environment=_vllm_environment, int8=False),
     Contestant("loraserve-http", True, _nothing, _loraserve_http),
-    Contestant("vllm-http", True, _vllm_missing, _vllm_http, environment=_vllm_environment),
+    Contestant("vllm-http", True, _vllm_missing, _vllm_http, environment=_vllm_environment, int8=False),
     Contestant("llama-http", True, _llama_missing, _llama, _llama_refuses),
 )

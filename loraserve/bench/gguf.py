@@ -14,7 +14,9 @@ from typing import Any
 from loraserve.errors import LoraserveError
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")
-DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+BASE_TYPES = {"bfloat16": "bf16", "float32": "f32", "int8": "q8_0"}
+ADAPTER_TYPES = BASE_TYPES | {"int8": "bf16"}
+"""As ours are beside an 8-bit base."""
 
 
 def find_converters(source: Path) -> Path | None:
@@ -32,10 +34,14 @@ def to_gguf(converters: Path, base: Path, adapters: list[Path], out: Path, dtype
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"base-{dtype}.gguf"
     files = [out / f"{adapter.name}.gguf" for adapter in adapters]
-    jobs = [] if target.exists() else [[CONVERTERS[0], str(base), "--outtype", DTYPES[dtype], "--outfile", str(target)]]
+    jobs = (
+        []
+        if target.exists()
+        else [[CONVERTERS[0], str(base), "--outtype", BASE_TYPES[dtype], "--outfile", str(target)]]
+    )
     for adapter, file in zip(adapters, files, strict=True):
         if not file.exists():
-            options = ["--base", str(base), "--outtype", DTYPES[dtype], "--outfile", str(file)]
+            options = ["--base", str(base), "--outtype", ADAPTER_TYPES[dtype], "--outfile", str(file)]
             jobs.append([CONVERTERS[1], str(adapter), *options])
     if jobs:
         lines = "\n".join("\t".join(job) for job in jobs)

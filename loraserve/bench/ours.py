@@ -29,6 +29,7 @@ def main() -> None:
         max_queue=MAX_QUEUE,
         adapter_memory=ADAPTER_MEMORY,
         speculate=0,  # random weights repeat themselves as no text does
+        deterministic=args.deterministic,
     )
     service.start()
 

@@ -3,17 +3,24 @@
 Every request is a connection of its own that streams its answer. Prompts are token ids; the answer's ids are read off
 its text, for each token that the benchmark's base answers with is two letters (see `models`). Dialects differ in few
 points: the paths, the body, where an event has its text, and whether adapters must be announced.
+
+Servers share their cores with it, so while they work it does nothing but note what arrives and when, in one thread
+over plain sockets; HTTP and JSON are read when all have answered.
 """
 
-import asyncio
 import http.client
+import io
 import json
+import selectors
+import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import closing, suppress
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from loraserve.bench.contestant import Answer, Request, arguments, compete
 from loraserve.errors import LoraserveError
@@ -47,14 +54,15 @@ def openai_text(event: dict[str, Any]) -> str:
 
 
 def llama_body(request: Request) -> dict[str, Any]:
-    adapter = [{"id": int(request.adapter[1:]), "scale": 1.0}] if request.adapter else []
+    # A request that names none gets all that the server has.
+    adapter = {"id": int(request.adapter[1:]), "scale": 1.0} if request.adapter else {"id": 0, "scale": 0.0}
     return {
         "prompt": request.prompt,
         "n_predict": request.new,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "lora": adapter,
+        "lora": [adapter],
     }
 
 
@@ -71,7 +79,7 @@ DIALECTS = {
 
 
 class Client:
-    """Sends requests to a server on this machine, many at once.
+    """Sends requests to a server on this machine, all at once.
 
     Args:
         vocab: the text of every token -> its id.
@@ -83,61 +91,99 @@ class Client:
         self._dialect = dialect
         self._vocab = vocab
         self._adapters = adapters
-        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._loaded: set[str | None] = {None}
 
-    async def ask_all(self, requests: list[Request]) -> list[Answer]:
-        return await asyncio.gather(*map(self._ask, requests))
+    def ask_all(self, requests: list[Request]) -> list[Answer]:
+        """Load adapters that the server was not yet told of, then send all requests.
 
-    async def _ask(self, request: Request) -> Answer:
-        if self._dialect.load and request.adapter:
-            if request.adapter not in self._loads:  # the first to name it loads it, others wait
-                self._loads[request.adapter] = asyncio.create_task(self._load(request.adapter))
-            await self._loads[request.adapter]
+        Raises:
+            LoraserveError: the server refused one; the message has its answer.
+        """
+        new = {request.adapter for request in requests} - self._loaded if self._dialect.load else set()
+        if new:
+            assert self._dialect.load
+            for reply in self._post("/v1/load_lora_adapter", [self._dialect.load(n, self._adapters) for n in new if n]):
+                reply.response()
+            self._loaded |= new
+        bodies = [self._dialect.body(request) for request in requests]
+        return [self._read(reply) for reply in self._post(self._dialect.path, bodies)]
+
+    def _post(self, path: str, bodies: list[dict[str, Any]]) -> list["Reply"]:
+        """Send all bodies; return what came back, when every connection has ended."""
+        replies = []
+        with selectors.DefaultSelector() as selector, ExitStack() as stack:
+            for body in bodies:
+                connection = stack.enter_context(socket.socket())
+                connection.setblocking(False)
+                connection.connect_ex(("127.0.0.1", self._port))  # goes on while others are begun
+                replies.append(Reply(connection, _message(path, body)))
+                selector.register(connection, selectors.EVENT_WRITE, replies[-1])
+            while selector.get_map():
+                for key, _ in selector.select():
+                    reply: Reply = key.data
+                    if reply.unsent:
+                        reply.send()
+                        if not reply.unsent:
+                            selector.modify(key.fileobj, selectors.EVENT_READ, reply)
+                    elif not reply.receive():
+                        selector.unregister(key.fileobj)
+        return replies
+
+    def _read(self, reply: "Reply") -> Answer:
         text, times = "", []
-        async for line in self._post(self._dialect.path, self._dialect.body(request)):
+        for line, arrived in reply.lines():
             if line.startswith(b"data: {") and (piece := self._dialect.text(json.loads(line[6:]))):
-                times.append(time.perf_counter())
+                times.append(arrived)
                 text += piece
         return Answer([self._vocab[text[i : i + 2]] for i in range(0, len(text), 2)], times)
 
-    async def _load(self, name: str) -> None:
-        assert self._dialect.load
-        async for _ in self._post("/v1/load_lora_adapter", self._dialect.load(name, self._adapters)):
-            pass
 
-    async def _post(self, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        """Yield the lines of the answer's body. Raises LoraserveError with the body if its status is not 200."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
-        try:
-            payload = json.dumps(body).encode()
-            head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload)
-            status = int((await reader.readline()).split()[1])
-            headers = (await reader.readuntil(b"\r\n\r\n")).lower()
-            rest = b""
-            async for data in _chunks(reader) if b"transfer-encoding: chunked" in headers else _blocks(reader):
-                *lines, rest = (rest + data).split(b"\n")
-                if status != 200:
-                    rest = b"\n".join([*lines, rest])
-                    continue
-                for line in lines:
-                    yield line
-            if status != 200:
-                raise LoraserveError(f"{path} answered {status}: {rest.decode(errors='replace')[:500]}")
-        finally:
-            writer.close()
+def _message(path: str, body: dict[str, Any]) -> bytes:
+    payload = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The data of a chunked body."""
-    while size := int(await reader.readline(), 16):
-        yield (await reader.readexactly(size + 2))[:-2]
+@dataclass
+class Reply:
+    """One request on its connection, and the bytes that came back: `ends[i]` of them had come at `times[i]`."""
 
+    connection: socket.socket
+    unsent: bytes
+    received: bytearray = field(default_factory=bytearray)
+    ends: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
-async def _blocks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The data of a body that ends with the connection."""
-    while data := await reader.read(2**16):
-        yield data
+    def send(self) -> None:
+        self.unsent = self.unsent[self.connection.send(self.unsent) :]
+
+    def receive(self) -> bool:
+        """Take what is there; False when the server has closed the connection."""
+        data = self.connection.recv(2**16)
+        self.times.append(time.perf_counter())
+        self.received += data
+        self.ends.append(len(self.received))
+        return bool(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What `http.client` reads a socket by."""
+        return io.BufferedReader(io.BytesIO(self.received))
+
+    def response(self) -> http.client.HTTPResponse:
+        """Read the head. Raises LoraserveError with the body if its status is not 200."""
+        response = http.client.HTTPResponse(cast(socket.socket, self))
+        response.begin()
+        if response.status != 200:
+            body = response.read(500).decode(errors="replace")
+            raise LoraserveError(f"the server answered {response.status}: {body}")
+        return response
+
+    def lines(self) -> Iterator[tuple[bytes, float]]:
+        """The lines of the body, and when each had arrived."""
+        response = self.response()
+        file = response.fp
+        for line in response:
+            yield line, self.times[bisect_left(self.ends, file.tell())]
 
 
 def wait_until_ready(server: "subprocess.Popen[Any]", port: int, path: str, timeout: float) -> None:
@@ -161,13 +207,7 @@ def main() -> None:
         try:
             wait_until_ready(process, port, dialect.ready, START_TIMEOUT)
             client = Client(port, dialect, vocab, Path(args.adapters).resolve())
-            with asyncio.Runner() as runner:
-                compete(
-                    lambda requests: runner.run(client.ask_all(requests)),
-                    channel,
-                    version=server["version"],
-                    pid=process.pid,
-                )
+            compete(client.ask_all, channel, version=server["version"], pid=process.pid)
         finally:
             process.terminate()
 

@@ -1,6 +1,7 @@
 """transformers + PEFT as a contestant: `generate` with `adapter_names`, its way of mixing adapters in one batch."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +40,29 @@ def main() -> None:
             model = peft.PeftModel.from_pretrained(model, path, adapter_name=name, autocast_adapter_dtype=False)
         else:
             model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
-        for parameter_name, parameter in model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.data = parameter.data.to(device, dtype)
         loaded.add(name)
 
-    def choose(requests: list[Request]) -> dict[str, Any]:
-        """Load what is missing; set the adapter of all, or return the options that give each row its own."""
+    def choose(requests: list[Request]) -> tuple[AbstractContextManager[Any], dict[str, Any]]:
+        """Load what is missing; return what to run in and the options that give each row its adapter."""
         names = [request.adapter for request in requests]
         for name in dict.fromkeys(names):
             if name and name not in loaded:
                 load(name)
         if names[0] and len(set(names)) == 1:
             model.set_adapter(names[0])
-            return {}
-        assert any(names) or not loaded, "PEFT wraps the model in place: a contestant for the base loads no adapter"
-        return {"adapter_names": names} if any(names) else {}
+            return nullcontext(), {}
+        if any(names):
+            return nullcontext(), {"adapter_names": names}
+        return model.disable_adapter() if loaded else nullcontext(), {}
 
     def serve(requests: list[Request]) -> list[Answer]:
-        options, clock, new = choose(requests), Clock(), requests[0].new
+        chosen, options = choose(requests)
+        clock, new = Clock(), requests[0].new
         ids = torch.tensor([request.prompt for request in requests], device=device)
         config = transformers.GenerationConfig(
             max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), chosen:
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

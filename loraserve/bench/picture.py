@@ -29,6 +29,9 @@ ROWS = {
 """Per kind of case: what stands on the left and on the right."""
 OWN_SCALE = ("batch",)
 """Kinds whose two figures are not of one unit."""
+LINE_COLORS = ("#08519c", "#d94801")
+FAR_APART = 4
+"""Times the one line that the other is, from which on they share no scale."""
 
 
 def serve_picture(result: Mapping[str, Any]) -> bytes:
@@ -81,42 +84,52 @@ def _short(value: float) -> str:
 
 
 def curve_picture(sweep: Mapping[str, Any], about: Mapping[str, Any]) -> bytes:
-    """Draw one sweep of what `scaling.run` returned as `about` as a PNG: its figure over x, a line per series."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    """Draw one sweep of what `scaling.run` returned as `about` as a PNG: its figure over x, a line per series.
 
-    figure = Figure(figsize=(7, 4.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    lines = {label: (line["points"], line["figure"]) for label, line in sweep["lines"].items()}
-    heights = [point[key] for points, key in lines.values() for point in points]
-    for (label, (points, key)), color, above in zip(lines.items(), SHADES, (7, -13), strict=False):
-        xs, ys = [point["x"] for point in points], [point[key] for point in points]
-        axes.plot(xs, ys, marker="o", color=color, linewidth=1.8, label=label)
-        for x, y in zip(xs, ys, strict=True):
-            axes.annotate(
-                _short(y), (x, y), (0, above), textcoords="offset points", ha="center", fontsize=7, color=color
-            )
-    axes.set_xscale("log", base=2)
-    ticks = sorted({point["x"] for points, _ in lines.values() for point in points})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    middles = [statistics.median(point[key] for point in points) for points, key in lines.values()]
-    if max(middles) > 4 * min(middles):  # lines far apart
-        axes.set_yscale("log")
-        axes.set_ylim(min(heights) / 2, max(heights) * 2)
-    else:
-        axes.set_ylim(0, max(heights) * 1.15)
+    Lines that are far apart get a panel each, for every scale begins at 0.
+    """
+    from matplotlib.figure import Figure
+
+    lines = {
+        label: [(point["x"], point[line["figure"]]) for point in line["points"]]
+        for label, line in sweep["lines"].items()
+    }
+    middles = [statistics.median(y for _, y in points) for points in lines.values()]
+    apart = max(middles) > FAR_APART * min(middles)
+    panels = [{label: points} for label, points in lines.items()] if apart else [lines]
+    figure = Figure(figsize=(7, 4.4 if len(panels) == 1 else 2.7 * len(panels)), dpi=120, layout="constrained")
+    colors = dict(zip(lines, LINE_COLORS, strict=False))
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
+        _curves(axes, panel, colors)
+        axes.set_ylabel(sweep["y"])
     axes.set_xlabel(sweep["x"])
-    axes.set_ylabel(sweep["y"])
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if any(lines):
-        axes.legend(frameon=False)
-    _footer(figure, about)
+    _footer(figure, {**about, "r": sweep["r"]})
     return _png(figure)
 
 
-SHADES = ("#08519c", "#d94801")
+def _curves(axes: "Axes", lines: Mapping[str, Sequence[tuple[int, float]]], colors: Mapping[str, str]) -> None:
+    """Lines over a logarithmic x; values stand above the first line, and below the second where there is room."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import NullLocator
+
+    top = 1.15 * max(y for points in lines.values() for _, y in points)
+    for (label, points), above in zip(lines.items(), (7, -13), strict=False):
+        axes.plot(*zip(*points, strict=True), marker="o", color=colors[label], linewidth=1.8, label=label)
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "color": colors[label]}
+        for x, y in points:
+            if above > 0 or y > top / 12:
+                text = axes.annotate(_short(y), (x, y), (0, above), **style)
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    axes.set_xscale("log", base=2)
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0, top)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(lines):
+        axes.legend(frameon=False, loc="best")
 
 
 def _footer(figure: "Figure", about: Mapping[str, Any]) -> None:

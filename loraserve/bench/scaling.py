@@ -96,8 +96,8 @@ def run(
     """Measure the offline engine at every point of every sweep, `repeats` times after a warm-up.
 
     Returns:
-        `machine`, `dtype`, `r`, `repeats`, and per sweep its labels and `lines`: {label: {"figure", "points"}}, a point
-        being {"x", *FIGURES}, medians.
+        `machine`, `dtype`, `r`, `repeats`, and per sweep its labels, `r`, and `lines`: {label: {"figure", "points"}}, a
+        point being {"x", *FIGURES}, medians.
 
     Raises:
         LoraserveError: the engine's process failed.
@@ -116,7 +116,8 @@ def run(
             label.format(r=r): {"figure": figure, "points": [{"x": x} | measured[case] for x, case in points.items()]}
             for label, (figure, points) in sweep.lines.items()
         }
-        table[key] = {"x": sweep.x, "y": sweep.y, "lines": lines}
+        ranks = f"{min(sweep.ranks.values())} to {max(sweep.ranks.values())}" if sweep.ranks else r
+        table[key] = {"x": sweep.x, "y": sweep.y, "r": ranks, "lines": lines}
     return {"machine": machine(), "dtype": dtype, "r": r, "repeats": repeats, "sweeps": table}
 
 

@@ -1,7 +1,9 @@
-"""The engine beside its peers: A B A B in one run, medians and ratios.
+"""The engine beside its peers: A B A B in one run; medians, and medians of the ratios of each round.
+
+The machine's speed drifts, so a ratio is taken of what stood next to each other, not of two medians.
 
 Contestants are started anew for each number of adapters that they have at hand, so that a peer whose base is slower
-with adapters enabled shows its best, and memory is that of what the cases need.
+with adapters enabled shows its best where none are, and memory is that of what the cases need.
 """
 
 import statistics
@@ -25,6 +27,7 @@ CASES = {
     "base-1": Case("1 client, base", 1, 0),
     "base-16": Case("16 clients, base", 16, 0),
     "long-prompt": Case("long prompt", 1, 0, prompt=1536, new=32),
+    "base-16-lora": Case("16 clients, base, 8 adapters loaded", 16, 0, idle=8),
     "one-1": Case("1 client, one adapter", 1, 1),
     "one-16": Case("16 clients, one adapter", 16, 1),
     "mixed-16": Case("16 clients, 8 adapters", 16, 8),
@@ -34,7 +37,8 @@ CASES = {
 }
 """By what `--cases` calls them; those with the same adapters at hand stand together."""
 LOADED = 8
-"""Adapters that a server has at hand in the cases with adapters, at least."""
+"""Adapters that a contestant has at hand in the cases with adapters, at least."""
+RATIOS = ("tokens_per_s", "ttft_ms")
 FIGURES = ("tokens", "tokens_per_s", "ttft_ms", "ttft_p95_ms", "itl_ms", "itl_p95_ms", "peak_rss_mb")
 OWN_FIGURES = {"cold": ("warm_ttft_ms", "cold_ms"), "conversation": ("first_ttft_ms",)}
 """Of a kind of case, beside those of all."""
@@ -45,7 +49,7 @@ def run(
     cases: Mapping[str, Case] = CASES,
     contestants: Sequence[str] = tuple(CONTESTANTS),
     peers: Peers = Peers(),  # noqa: B008
-    repeats: int = 5,
+    repeats: int = 7,
     dtype: str = "bfloat16",
     r: int = 8,
     model: ModelConfig | None = None,
@@ -63,12 +67,13 @@ def run(
     Returns:
         `machine`, `dtype`, `r`, `repeats`; `contestants`: {name: version}; `skipped`: {name: why}; and `cases`: per
         case its fields, `figures` {contestant: medians of FIGURES, and `digest`, equal where answers are}, `ratios` of
-        tokens/s and TTFT, loraserve's to each peer's and its server's to its engine's, and `skipped` {contestant: why}.
+        tokens/s and TTFT, loraserve's to each peer's and its server's to its engine's, the median over the rounds,
+        `spreads`, the lowest and the highest of them, and `skipped` {contestant: why}.
 
     Raises:
         LoraserveError: a contestant failed; the message names it.
     """
-    present, skipped = select(contestants, peers)
+    present, skipped = select(contestants, peers, dtype)
     for name, reason in skipped.items():
         note(f"{name} is skipped: {reason}")
     versions: dict[str, str] = {}
@@ -92,7 +97,7 @@ def run(
                 }
                 versions |= {name: process.version for name, process in processes.items()}
                 for key, case in chosen.items():
-                    table[key] = _measure(case, present, processes, repeats)
+                    table[key] = measure(case, present, processes, repeats)
                     note(f"{case.name}: {_line(table[key])}")
     return {
         "machine": machine(),
@@ -121,12 +126,14 @@ def pick(names: Sequence[str], known: Mapping[str, Any], option: str) -> list[st
 
 def _at_hand(case: Case) -> int:
     """How many adapters a contestant has when it plays `case`."""
-    return max(case.adapters, LOADED) if case.adapters else 0
+    used = case.adapters + case.idle
+    return max(used, LOADED) if used else 0
 
 
-def _measure(
+def measure(
     case: Case, present: Sequence[Contestant], processes: Mapping[str, Process], repeats: int
 ) -> dict[str, Any]:
+    """Play `case` on each contestant in turn, `repeats` times after a warm-up; return its entry of `cases` in `run`."""
     refused = {c.name: reason for c in present if (reason := c.refuses(case))}
     able = [c for c in present if c.name not in refused]
     samples: dict[str, list[dict[str, Any]]] = {c.name: [] for c in able}
@@ -136,22 +143,25 @@ def _measure(
             if round_number:  # the first is a warm-up
                 samples[contestant.name].append(figures)
     keys = (*FIGURES, *OWN_FIGURES.get(case.kind, ()))
-    medians: dict[str, dict[str, Any]] = {
-        name: {key: _median(rows, key) for key in keys} | {"digest": rows[-1]["digest"]}
+    figures = {
+        name: {key: round(statistics.median(row[key] for row in rows), 2) for key in keys}
+        | {"digest": rows[-1]["digest"]}
         for name, rows in samples.items()
     }
     pairs = [(c.ours, c.name) for c in able if c.name != c.ours]
-    if "loraserve-http" in medians:
+    if "loraserve-http" in samples:
         pairs.append(("loraserve-http", "loraserve"))
-    ratios = {
-        f"{a}/{b}": {key: round(medians[a][key] / medians[b][key], 3) for key in ("tokens_per_s", "ttft_ms")}
-        for a, b in pairs
+    rounds = {f"{a}/{b}": _ratios(samples[a], samples[b]) for a, b in pairs}
+    ratios = {pair: {key: round(statistics.median(of[key]), 3) for key in RATIOS} for pair, of in rounds.items()}
+    spreads = {
+        pair: {key: [round(min(of[key]), 3), round(max(of[key]), 3)] for key in RATIOS} for pair, of in rounds.items()
     }
-    return {**asdict(case), "figures": medians, "ratios": ratios, "skipped": refused}
+    return {**asdict(case), "figures": figures, "ratios": ratios, "spreads": spreads, "skipped": refused}
 
 
-def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    return round(statistics.median(row[key] for row in rows), 2)
+def _ratios(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Each round's ratio of each of RATIOS."""
+    return {key: [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)] for key in RATIOS}
 
 
 def _line(row: Mapping[str, Any]) -> str:

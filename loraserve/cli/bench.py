@@ -22,7 +22,7 @@ dtype_option = click.option(
     type=click.Choice(["bfloat16", "float32", "int8"]),
     default="bfloat16",
     show_default=True,
-    help="int8 is for loraserve alone.",
+    help="int8 is 8-bit weights, as of peers only llama.cpp has (q8_0).",
 )
 rank_option = click.option(
     "--r", type=click.IntRange(1), default=8, show_default=True, help="Rank of the random adapters."
@@ -40,14 +40,15 @@ def _list(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
 
 
 @command.command(cls=LoraserveCommand)
-@click.option("--repeats", type=REPEATS, default=3, show_default=True, help="Measured rounds of each case.")
+@click.option("--repeats", type=REPEATS, default=7, show_default=True, help="Measured rounds of each case.")
 @click.option(
     "--cases",
     callback=_list,
     default="all",
     show_default=True,
     metavar="NAMES",
-    help="base-1, base-16, long-prompt, one-1, one-16, mixed-16, cold, multi-turn, mixed-256, with commas between.",
+    help="base-1, base-16, long-prompt, base-16-lora, one-1, one-16, mixed-16, cold, multi-turn, mixed-256, with "
+    "commas between.",
 )
 @click.option(
     "--peers",
@@ -106,8 +107,6 @@ def serve(
 
     chosen = pick(cases, CASES, "--cases")
     contestants = [] if peers == ["none"] else pick(peers, CONTESTANTS, "--peers")
-    if dtype == "int8" and any(not name.startswith("loraserve") for name in contestants):
-        raise click.UsageError("--dtype int8 is for loraserve alone: add --peers none, or --peers loraserve-http")
     result = run(
         cases={name: CASES[name] for name in chosen},
         contestants=contestants,
@@ -155,7 +154,8 @@ def scaling(repeats: int, sweeps: list[str], http: bool, dtype: str, r: int, out
     if out and http:
         _write(out, result, {"http.png": serve_picture(result)})
     elif out:
-        _write(out, result, {f"{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items()})
+        pictures = {f"scaling-{name}.png": curve_picture(sweep, result) for name, sweep in result["sweeps"].items()}
+        _write(out, result, pictures)
     click.echo(json.dumps(result))
 
 
@@ -188,9 +188,11 @@ def _show(result: Mapping[str, Any]) -> None:
             if own:
                 click.echo(f"{'':43} {', '.join(own)}")
         for pair, ratios in case["ratios"].items():
-            click.echo(
-                f"{'':28} {pair} = {ratios['tokens_per_s']:.2f}x the tokens/s, {ratios['ttft_ms']:.2f}x the TTFT"
+            speed, wait = (
+                f"{ratios[key]:.2f}x the {name} ({low:.2f} to {high:.2f})"
+                for (key, (low, high)), name in zip(case["spreads"][pair].items(), ("tokens/s", "TTFT"), strict=True)
             )
+            click.echo(f"{'':28} {pair} = {speed}, {wait}")
         for name, reason in case["skipped"].items():
             click.echo(f"{case['name']:28} {name:14} skipped: {reason}")
     for name, reason in result["skipped"].items():
