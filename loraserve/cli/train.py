@@ -106,6 +106,13 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--val-split", type=FRACTION, default=0.0, show_default=True, help="Fraction of dialogues held out.")
 @click.option(
+    "--on-bad-row",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="stop: name every row that cannot be used, and end. skip: train on the rest and keep them in rejected.jsonl.",
+)
+@click.option(
     "--random-system-prompt",
     type=FRACTION,
     default=0.0,
