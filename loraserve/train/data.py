@@ -67,19 +67,25 @@ UNCHANGED = Augmentation()
 
 def supervised_mask(input_ids: Sequence[int], start: Sequence[int], end: Sequence[int]) -> list[bool]:
     """Mark what follows each `start` up to and including the next `end`, or to the end of a dialogue cut before it."""
-    ids, start, end = list(input_ids), list(start), list(end)
+    ids = list(input_ids)
     mask = [False] * len(ids)
-    i = 0
-    while i < len(ids):
-        if ids[i] != start[0] or ids[i : i + len(start)] != start:
-            i += 1
-            continue
-        first = i = i + len(start)
-        while i < len(ids) and ids[i : i + len(end)] != end:
-            i += 1
-        i = min(i + len(end), len(ids))
-        mask[first:i] = [True] * (i - first)
+    after = 0
+    while (first := _end_of(list(start), ids, after)) is not None:
+        after = _end_of(list(end), ids, first) or len(ids)
+        mask[first:after] = [True] * (after - first)
     return mask
+
+
+def _end_of(pattern: list[int], ids: list[int], i: int) -> int | None:
+    """Where the first `pattern` in `ids` from `i` on ends."""
+    try:
+        while True:
+            i = ids.index(pattern[0], i)
+            if ids[i : i + len(pattern)] == pattern:
+                return i + len(pattern)
+            i += 1
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
