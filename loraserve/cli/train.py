@@ -105,6 +105,12 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--val-split", type=FRACTION, default=0.0, show_default=True, help="Fraction of dialogues held out.")
 @click.option(
+    "--val-data",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Dialogues to validate on, instead of held out ones.",
+)
+@click.option(
     "--random-system-prompt",
     type=FRACTION,
     default=0.0,

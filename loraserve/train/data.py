@@ -154,6 +154,7 @@ class Dataset:
 
     Args:
         val_split: the fraction of rows held out, drawn by `seed`; at least one row when it is above 0.
+        val_data: rows to validate on, instead of those held out.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Dataset:
         *,
         seed: int,
         val_split: float = 0.0,
+        val_data: DataFile | None = None,
         augmentation: Augmentation = Augmentation(),
     ) -> None:
         self._encoder, self._augmentation, self._seed = encoder, augmentation, seed
@@ -174,6 +176,10 @@ class Dataset:
         self.train_dialogues = [data.dialogues[i] for i in split[0]]
         self.val_dialogues = [data.dialogues[i] for i in split[1]]
         self.val = [samples[i] for i in split[1]]
+        if val_data is not None:
+            self.val, num_cut = encoder.encode_file(val_data)
+            self.val_dialogues = val_data.dialogues
+            self.num_cut += num_cut
 
     def __len__(self) -> int:
         return len(self._train)

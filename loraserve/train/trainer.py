@@ -85,7 +85,12 @@ class _Run:
         self.data = read_file(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
         self.dataset = Dataset(
-            self.data, encoder, seed=options.seed, val_split=options.val_split, augmentation=options.augmentation
+            self.data,
+            encoder,
+            seed=options.seed,
+            val_split=options.val_split,
+            val_data=read_file(options.val_data) if options.val_data else None,
+            augmentation=options.augmentation,
         )
         self.per_epoch = math.ceil(len(self.dataset) / options.batch_size)
         self.total = self.per_epoch * options.epochs

@@ -117,6 +117,15 @@ def test_validation_rows_are_held_out_and_the_split_is_the_same_each_time(base_d
     assert len(Dataset(file, encoder, seed=1).val) == 0
 
 
+def test_validation_rows_may_come_from_a_file_of_their_own(base_dir, dialogue_file, write_rows, tmp_path):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    val_data = read_file(write_rows(tmp_path / "val.jsonl", [row]))
+    dataset = Dataset(read_file(dialogue_file), encoder_of(base_dir), seed=1, val_data=val_data)
+    assert len(dataset) == 14, "nothing is held out"
+    assert dataset.val_dialogues == val_data.dialogues
+    assert dataset.val[0].input_ids.tolist() == encoder_of(base_dir).encode_file(val_data)[0][0].input_ids.tolist()
+
+
 def test_each_epoch_has_its_own_order_and_sees_every_row(base_dir, dialogue_file):
     dataset = Dataset(read_file(dialogue_file), encoder_of(base_dir), seed=7)
     assert dataset.order(0) != dataset.order(1)
