@@ -19,6 +19,7 @@ def train_arguments(
     options = {
         "adapters-dir": adapters_dir,
         "data": files.path(job.training_file),
+        "val-data": files.path(job.validation_file) if job.validation_file else None,
         "name": job.name,
         "save-dir": save_dir,
         "epochs": job.n_epochs,
