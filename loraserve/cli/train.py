@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +105,12 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--val-split", type=FRACTION, default=0.0, show_default=True, help="Fraction of dialogues held out.")
 @click.option(
+    "--val-data",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Dialogues to validate on, instead of held out ones.",
+)
+@click.option(
     "--on-bad-row",
     type=click.Choice(["stop", "skip"]),
     default="stop",
@@ -165,6 +170,7 @@ def command(
     MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
     stopped or killed goes on with --resume and ends with the same adapter.
     """
+    from loraserve.lora.config import parse_targets
     from loraserve.train.data import Augmentation
     from loraserve.train.options import TrainOptions
     from loraserve.train.report import import_wandb
@@ -202,15 +208,6 @@ def command(
         )
     record = train(base, open_registry(options, base), train_options, sys.stderr).record
     click.echo(f"published {record.name!r} version {record.version} in {record.path}")
-
-
-def parse_targets(text: str) -> str | list[str]:
-    """A preset or a regex as it is; module names separated by commas as a list."""
-    from loraserve.lora.config import PRESETS
-
-    if text in PRESETS or not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
-        return text
-    return text.split(",")
 
 
 def with_minimind_base(

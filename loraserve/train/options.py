@@ -36,6 +36,8 @@ class TrainOptions:
     """`tokens`: every supervised token of an optimizer step weighs the same. `mean`: MiniMind's mean of means."""
     max_seq_len: int | None = None
     val_split: float = 0.0
+    val_data: Path | None = None
+    """Dialogues to validate on, instead of some of `data`."""
     on_bad_row: str = "stop"
     """`stop`: a row that cannot be used ends the run before it begins. `skip`: train on the rest."""
     augmentation: Augmentation = Augmentation()
@@ -63,6 +65,8 @@ class TrainOptions:
         ):
             if not 0 <= value <= 1 or (field == "val_split" and value == 1):
                 raise InvalidRequest(f"{field} must be between 0 and 1, not {value}", param=field)
+        if self.val_data is not None and self.val_split > 0:
+            raise InvalidRequest("val_data and val_split both say what to validate on; give one", param="val_data")
         if self.r is not None and self.r < 1:
             raise InvalidRequest(f"the rank must be at least 1, not {self.r}", param="r")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
@@ -93,4 +97,5 @@ class TrainOptions:
         fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
         chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "seed")}
         lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
-        return {"data": self.data.name, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
+        files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
+        return {**files, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
