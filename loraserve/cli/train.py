@@ -188,17 +188,17 @@ def command(
         **settings,
     )
     train_options.check()
-    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
-    options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run", click.get_current_context())
+    if use_wandb and not dry_run:
+        import_wandb()
+    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
+    options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if dry_run:
         from loraserve.cli.dry_run import survey
 
         survey(options, train_options, as_json=as_json)
         return
-    if use_wandb:
-        import_wandb()
     base = open_base(options)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
