@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from loraserve.base.load import Base
@@ -185,6 +187,19 @@ def test_rows_that_cannot_be_used_fail_the_job_by_line(client: openai.OpenAI) ->
     assert "line 2:" in job.error.message and "line 4: broken JSON" in job.error.message
     assert events[-1]["level"] == "error" and events[-1]["message"] == job.error.message
     assert "Training started" not in messages(client, job.id)
+
+
+def test_a_bad_validation_file_is_told_apart(client: openai.OpenAI) -> None:
+    job = start(client, "bad", validation_file=upload(client, b"{broken\n"))
+    wait_for(client, job.id, "failed")
+    error = client.fine_tuning.jobs.retrieve(job.id).error
+    assert error is not None and (error.code, error.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_a_dialogue_that_only_the_run_finds_bad_fails_with_its_line(client: openai.OpenAI) -> None:
+    long = rows("la-la~" * 200_000, count=1)
+    job = wait_for(client, start(client, "long", file=upload(client, rows(count=1) + long)).id, "failed")
+    assert job.error.code == "training_failed" and "line 2: longer than the base's context" in job.error.message
 
 
 def test_jobs_train_one_after_the_other_and_can_be_cancelled(client: openai.OpenAI, live: Live) -> None:
@@ -398,6 +413,42 @@ class TestRestart:
             failed = until(queue, job, lambda job: job.ended)
         assert failed.error is not None and failed.error["code"] == "name_taken"
         assert registry.get("one").version == version
+
+    def test_an_adapter_made_during_the_run_is_not_replaced(
+        self, registry: Registry, service: Service, base: Base
+    ) -> None:
+        with JobQueue(registry, options(base)) as queue:
+            job = a_job(queue, "one", base, n_epochs=20)
+            queue.add(job)
+            until(queue, job, lambda job: job.status == "running")
+            before = registry.import_(Path(service.registry.root) / "pirate", "one")
+            failed = until(queue, job, lambda job: job.ended)
+        assert failed.error is not None and failed.error["code"] == "name_taken"
+        after = registry.get("one")
+        assert (after.version, after.manifest.sha256) == (before.version, before.manifest.sha256)
+
+    def test_a_process_that_outlives_its_server_is_found_and_its_run_goes_on(
+        self, registry: Registry, base: Base
+    ) -> None:
+        job = a_job(JobQueue(registry, []), "one", base)
+        JobQueue(registry, []).jobs.save(job)
+        code = (
+            "import sys, time\nfrom loraserve.jobs import JobQueue\nfrom loraserve.registry import Registry\n"
+            "with JobQueue(Registry(sys.argv[1], None, sys.argv[2]), sys.argv[3:]): time.sleep(600)"
+        )
+        arguments = [str(registry.root), base.fingerprint, *options(base)]
+        with subprocess.Popen([sys.executable, "-c", code, *arguments]) as server:
+            queue = JobQueue(registry, options(base))
+            running = until(queue, job, lambda _: len(steps(queue, job)) > 3)
+            server.kill()
+        assert running.process is not None
+        orphan = psutil.Process(running.process[0])
+        assert orphan.is_running()
+        with queue:
+            until(queue, job, lambda job: job.status == "running" and job.process != running.process)
+            assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+            assert until(queue, job, lambda job: job.ended).status == "succeeded"
+        assert "resuming after step" in (queue.jobs.folder(job.id) / "log").read_text()
 
     def test_two_servers_do_not_train_the_same_jobs(self, registry: Registry, base: Base) -> None:
         with JobQueue(registry, options(base)) as queue:
