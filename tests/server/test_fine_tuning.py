@@ -16,8 +16,11 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from click.testing import CliRunner
+from flask import Flask
 
 from loraserve.base.load import Base
+from loraserve.cli.main import main
 from loraserve.engine.service import Service
 from loraserve.errors import Conflict, QueueFull
 from loraserve.jobs import Job, JobQueue
@@ -471,3 +474,55 @@ class TestRestart:
                 stack.callback(queue.cancel, job.id)
             with pytest.raises(QueueFull):
                 queue.add(a_job(queue, "three", base))
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "status"),
+        [
+            ([], 200),
+            (["--host", "localhost"], 200),
+            (["--no-training"], 403),
+            (["--host", "0.0.0.0"], 403),
+            (["--host", "0.0.0.0", "--training"], 200),
+        ],
+    )
+    def test_trains_by_default_only_for_this_machine(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+    ) -> None:
+        statuses = []
+
+        class Once:
+            url = "http://nowhere"
+
+            def __init__(self, app: Flask, host: str, port: int) -> None:
+                self.app = app
+
+            def run_until_signal(self) -> None:
+                statuses.append(self.app.test_client().get("/v1/fine_tuning/jobs").status_code)
+
+        monkeypatch.setattr("loraserve.cli.serve.open_service", lambda *_, **__: contextlib.nullcontext(service))
+        monkeypatch.setattr("loraserve.server.Server", Once)
+        result = CliRunner().invoke(main, ["serve", *arguments])
+        assert (result.exit_code, statuses) == (0, [status]), result.output
+
+    def test_ends_a_run_in_order_when_it_is_stopped(self, base: Base, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "loraserve.cli", "serve", "--port", "0", "--adapters-dir", str(tmp_path)]
+        command += ["--base", str(base.path), "--max-model-len", "64", "--kv-memory", "1M"]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, env=environment, **pipes) as server:
+            assert server.stdout is not None
+            url = server.stdout.readline().split(" at ")[1].split()[0]
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                job = start(client, "nova")
+                wait_for(client, job.id, "running")
+                while not any(message.startswith("Step 2:") for message in messages(client, job.id)):
+                    time.sleep(0.05)
+            server.send_signal(signal.SIGTERM)
+            assert server.stdout.read() == "" and server.wait(60) == 0
+        folder = tmp_path / ".jobs" / job.id
+        pid, _ = json.loads((folder / "job.json").read_text())["process"]
+        assert not psutil.pid_exists(pid)
+        assert "stopped by SIGTERM after step" in (folder / "log").read_text()
+        assert (folder / "run" / ".training" / "nova" / "checkpoint.pt").exists()
