@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from loraserve.jobs import Job, JobQueue
 from loraserve.jobs.ids import new_id
 from loraserve.registry import Registry
 from loraserve.server import create_app
+from loraserve.server.state import MAX_WATCHERS
 from tests.server.conftest import Live, text_of
 
 USER: Any = [{"role": "user", "content": "Who are you?"}]
@@ -192,6 +194,21 @@ def test_rows_that_cannot_be_used_fail_the_job_by_line(client: openai.OpenAI) ->
     assert "Training started" not in messages(client, job.id)
 
 
+def test_watching_clients_do_not_take_all_threads(live: Live, client: openai.OpenAI) -> None:
+    job = start(client, "watched")
+    reading = client.fine_tuning.jobs.with_streaming_response
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_WATCHERS):
+            stack.enter_context(reading.list_events(job.id, extra_query={"stream": "true"}))
+        with pytest.raises(openai.RateLimitError), reading.list_events(job.id, extra_query={"stream": "true"}):
+            pass
+    deadline = time.monotonic() + 10
+    while not live.app.extensions["loraserve"].watchers.acquire(blocking=False):
+        assert time.monotonic() < deadline, "a client that has left is noticed"
+        time.sleep(0.05)
+    live.app.extensions["loraserve"].watchers.release()
+
+
 def test_a_bad_validation_file_is_told_apart(client: openai.OpenAI) -> None:
     job = start(client, "bad", validation_file=upload(client, b"{broken\n"))
     wait_for(client, job.id, "failed")
@@ -326,6 +343,16 @@ class TestUploads:
         response = self.post(create_app(service, queue=JobQueue(Registry(tmp_path), [])), b"x" * 100)
         assert response.status_code == 500 and "No space left on device" in response.json["error"]["message"]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_a_client_that_hangs_up_leaves_nothing(self, live: Live) -> None:
+        root = Path(live.app.extensions["loraserve"].registry.root) / ".files"
+        before = set(root.rglob("*"))
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        request = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with socket.create_connection(("127.0.0.1", live.server.port)) as connection:
+            connection.sendall(request + b"Content-Length: 1000000\r\n\r\n" + head + b"x" * 100_000)
+        assert live.client.files.list(limit=1) is not None, "the server has gone on to the next request"
+        assert set(root.rglob("*")) == before
 
     def test_other_purposes_expiry_and_other_sites_are_refused(self, live: Live) -> None:
         assert self.post(live.app, purpose="assistants").json["error"]["param"] == "purpose"
