@@ -156,7 +156,8 @@ def command(
         adapters = _describe(service.registry)
         click.echo(f"serving {service.base.name} with {adapters} at {server.url} (Ctrl-C stops)")
         if host not in LOOPBACK:
-            click.echo("warning: no keys are asked for, so whoever can reach this address can use it", err=True)
+            what = "use it" if queue is None else "use it and train on it"
+            click.echo(f"warning: no keys are asked for, so whoever can reach this address can {what}", err=True)
         if open_page and _has_desktop():
             click.launch(server.url)
         server.run_until_signal()

@@ -75,11 +75,11 @@ class Child:
         return f"the training process ended with status {status}; the server's folder {self._log.parent} has its log"
 
 
-def end_orphan(identity: tuple[int, float]) -> None:
+def end_orphan(identity: Sequence[float]) -> None:
     """Stop a process that outlived the server which started it, if it is still there."""
     pid, started = identity
     with suppress(psutil.Error):
-        process = psutil.Process(pid)
+        process = psutil.Process(int(pid))
         if process.create_time() != started:  # another process has the number now
             return
         process.terminate()

@@ -11,17 +11,17 @@ from loraserve.jobs.job import Job
 from loraserve.train.options import TrainOptions
 
 
-def train_arguments(
-    job: Job, files: FileStore, adapters_dir: Path, save_dir: Path, base_options: Sequence[str]
-) -> list[str]:
-    """The arguments after `python -m`; a run that has begun before goes on. Raises FileNotFound."""
+def train_arguments(job: Job, files: FileStore, adapters_dir: Path, base_options: Sequence[str]) -> list[str]:
+    """The arguments after `python -m`, to train into `adapters_dir`; a run that has begun before goes on.
+
+    Raises FileNotFound.
+    """
     targets = ",".join(job.targets) if isinstance(job.targets, list) else job.targets
     options = {
         "adapters-dir": adapters_dir,
         "data": files.path(job.training_file),
         "val-data": files.path(job.validation_file) if job.validation_file else None,
         "name": job.name,
-        "save-dir": save_dir,
         "epochs": job.n_epochs,
         "batch-size": job.batch_size,
         "learning-rate": job.learning_rate_multiplier * TrainOptions.learning_rate,

@@ -9,7 +9,7 @@ run/            the unfinished run's state, as `loraserve train` keeps it; gone 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +53,13 @@ class Job:
     metadata: Mapping[str, str] = field(default_factory=dict)
     status: str = "validating_files"
     """validating_files, queued, running, succeeded, failed or cancelled."""
-    process: tuple[int, float] | None = None
+    process: Sequence[float] | None = None
     """Pid and start time of the process that trains it."""
     finished_at: int | None = None
     error: Mapping[str, str | None] | None = None
     """{"code", "message", "param"}"""
     trained_tokens: int | None = None
-    result_files: tuple[str, ...] = ()
+    result_files: Sequence[str] = ()
 
     @property
     def ended(self) -> bool:

@@ -4,11 +4,11 @@
 
 One thread looks after the processes. Everything it knows is on disk, in `.jobs` and `.files` of the adapters'
 directory, so a server that is started again goes on where the last one ended, in whatever way: queued jobs stay queued,
-and one that ran is resumed from its last saved state. A lock keeps two servers from training the same jobs. A job
-begins only while no adapter has its name, so it never replaces one it does not own.
+and one that ran is resumed from its last saved state. A lock keeps two servers from training the same jobs. A run has
+an adapters directory of its own; what it has made is published from there by this process, and only if no adapter has
+its name, so a job never replaces one it does not own.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -21,7 +21,7 @@ from typing import Any
 
 import filelock
 
-from loraserve.errors import Conflict, LoraserveError, QueueFull
+from loraserve.errors import AdapterRefused, Conflict, LoraserveError, QueueFull
 from loraserve.jobs.child import Child, end_orphan
 from loraserve.jobs.command import train_arguments
 from loraserve.jobs.files import FileNotFound, FileStore
@@ -30,6 +30,7 @@ from loraserve.jobs.progress import Progress
 from loraserve.lora.files import storage_errors
 from loraserve.registry import Record, Registry
 from loraserve.train.checkpoint import METRICS
+from loraserve.train.trainer import WORK_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +113,11 @@ class JobQueue:
         with self._changing:
             self.jobs.get(job_id)
             self._own()
-            if job := self._unfinished.get(job_id):
-                progress = self._kill(job_id)
-                if record := self._published(job):  # it had just come to its end
-                    self._succeed(job, record, progress)
-                else:
-                    return self._end(job, "cancelled", "The job was cancelled")
-            raise Conflict(f"job {job_id} has ended already, as {self.jobs.get(job_id).status}")
+            job = self._unfinished.get(job_id)
+            if job is None:
+                raise Conflict(f"job {job_id} has ended already, as {self.jobs.get(job_id).status}")
+            self._kill(job)
+            return self._end(job, "cancelled", "The job was cancelled")
 
     def reader_of(self, file_id: str) -> str | None:
         """The id of an unfinished job that needs a file."""
@@ -194,20 +193,19 @@ class JobQueue:
         """Begin to train, or go on."""
         if job.process is not None:
             end_orphan(job.process)
-            if record := self._published(job):
-                self._succeed(job, record, None)
+            if made := self._made(job):
+                self._publish(job, made)
                 return
         if self._is_taken(job.name):
-            reason = f"an adapter named {job.name!r} was made meanwhile, and training would replace it"
-            self._fail(job, "name_taken", reason, "suffix")
+            self._fail_as_taken(job)
             return
-        folder, work = self.jobs.folder(job.id), self._work(job)
-        arguments = train_arguments(job, self.files, self._registry.root, work, self._base_options)
+        arguments = train_arguments(job, self.files, self._work(job), self._base_options)
         told = [event["data"] for event in self.jobs.events(job.id) if event["data"]]
-        child = Child(job.id, arguments, folder / "log")
-        self._run = child, Progress(work / job.name / METRICS, told)
         message = "Training started" if job.process is None else "Training goes on from the last saved state"
-        self._set(replace(job, status="running", process=child.identity), message)
+        child = Child(job.id, arguments, self.jobs.folder(job.id) / "log")
+        self._run = child, Progress(self._work(job) / WORK_FOLDER / job.name / METRICS, told)
+        self._unfinished[job.id] = job = replace(job, status="running", process=child.identity)
+        self._set(job, message)
 
     def _follow(self, child: Child, progress: Progress) -> None:
         """Tell what is new of the run, and end its job when it is over."""
@@ -215,8 +213,10 @@ class JobQueue:
         self._tell(job, progress)
         if status is None:
             return
-        if record := self._published(job):
-            self._succeed(job, record, progress)
+        if made := self._made(job):
+            progress.path = made.path / METRICS  # where the last lines are now
+            self._tell(job, progress)
+            self._publish(job, made)
         else:
             self._fail(job, "training_failed", child.failure(), None)
         self._run = None
@@ -225,42 +225,54 @@ class JobQueue:
         for message, data in progress.news():
             self.jobs.log(job, message, data=data)
 
-    def _kill(self, job_id: str) -> Progress | None:
-        """End a job's process, if it has one; returns the progress of a run."""
-        if self._check is not None and self._check.job_id == job_id:
+    def _kill(self, job: Job) -> None:
+        """End a job's process, if it has one."""
+        if self._check is not None and self._check.job_id == job.id:
             self._check.kill()
             self._check = None
-        if self._run is not None and self._run[0].job_id == job_id:
-            child, progress = self._run
-            child.kill()
+        if self._run is not None and self._run[0].job_id == job.id:
+            self._run[0].kill()
             self._run = None
-            return progress
-        return None
+        elif job.process is not None:
+            end_orphan(job.process)
 
-    def _published(self, job: Job) -> Record | None:
-        """What a job's process has published, if it came that far."""
-        if job.process is None:
-            return None
+    def _made(self, job: Job) -> Record | None:
+        """The adapter that a job's process has made, if it came that far."""
         try:
-            record = self._registry.get(job.name)
+            return Registry(self._work(job)).get(job.name)
         except LoraserveError:
             return None
-        with open(self.files.path(job.training_file), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return record if record.manifest.data_sha256 == digest else None
+
+    def _publish(self, job: Job, made: Record) -> None:
+        """End a job with its adapter in the registry, unless the name was taken meanwhile."""
+        if not self._is_published(job, made):
+            if self._is_taken(job.name):
+                self._fail_as_taken(job)
+                return
+            try:
+                self._registry.import_(made.path, job.name)
+            except AdapterRefused as error:
+                self._fail(job, "training_failed", str(error), None)
+                return
+        with open(made.path / METRICS, "rb") as file:
+            results = self.files.add(file, f"{job.name}-metrics.jsonl", RESULTS)
+        tokens = made.manifest.metrics.get("tokens")
+        message = f"Adapter {job.name!r} is published and answers as model={job.name!r}"
+        self._end(job, "succeeded", message, trained_tokens=tokens, result_files=(results.id,))
+
+    def _is_published(self, job: Job, made: Record) -> bool:
+        """Whether a server published it and ended before it could say so."""
+        try:
+            return self._registry.get(job.name).manifest.sha256 == made.manifest.sha256
+        except LoraserveError:
+            return False
 
     def _is_taken(self, name: str) -> bool:
         return os.path.lexists(self._registry.root / name)
 
-    def _succeed(self, job: Job, record: Record, progress: Progress | None) -> None:
-        if progress is not None:
-            progress.path = record.path / METRICS  # where the last lines are now
-            self._tell(job, progress)
-        with open(record.path / METRICS, "rb") as file:
-            results = self.files.add(file, f"{job.name}-metrics.jsonl", RESULTS)
-        tokens = record.manifest.metrics.get("tokens")
-        message = f"Adapter {job.name!r} is published and answers as model={job.name!r}"
-        self._end(job, "succeeded", message, trained_tokens=tokens, result_files=(results.id,))
+    def _fail_as_taken(self, job: Job) -> None:
+        reason = f"an adapter named {job.name!r} was made meanwhile, and this one would replace it"
+        self._fail(job, "name_taken", reason, "suffix")
 
     def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
         error = {"code": code, "message": message, "param": param}
@@ -273,6 +285,7 @@ class JobQueue:
         return job
 
     def _work(self, job: Job) -> Path:
+        """The run's own adapters directory."""
         return self.jobs.folder(job.id) / "run"
 
     def _set(self, job: Job, message: str, *, level: str = "info") -> None:

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
+from click.testing import CliRunner
+from flask import Flask
 
 from loraserve.base.load import Base
+from loraserve.cli.main import main
 from loraserve.engine.service import Service
 from loraserve.errors import Conflict, QueueFull
 from loraserve.jobs import Job, JobQueue
 from loraserve.jobs.ids import new_id
 from loraserve.registry import Registry
 from loraserve.server import create_app
+from loraserve.server.state import MAX_WATCHERS
 from tests.server.conftest import Live, text_of
 
 USER: Any = [{"role": "user", "content": "Who are you?"}]
@@ -187,6 +194,34 @@ def test_rows_that_cannot_be_used_fail_the_job_by_line(client: openai.OpenAI) ->
     assert "Training started" not in messages(client, job.id)
 
 
+def test_watching_clients_do_not_take_all_threads(live: Live, client: openai.OpenAI) -> None:
+    job = start(client, "watched")
+    reading = client.fine_tuning.jobs.with_streaming_response
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_WATCHERS):
+            stack.enter_context(reading.list_events(job.id, extra_query={"stream": "true"}))
+        with pytest.raises(openai.RateLimitError), reading.list_events(job.id, extra_query={"stream": "true"}):
+            pass
+    deadline = time.monotonic() + 10
+    while not live.app.extensions["loraserve"].watchers.acquire(blocking=False):
+        assert time.monotonic() < deadline, "a client that has left is noticed"
+        time.sleep(0.05)
+    live.app.extensions["loraserve"].watchers.release()
+
+
+def test_a_bad_validation_file_is_told_apart(client: openai.OpenAI) -> None:
+    job = start(client, "bad", validation_file=upload(client, b"{broken\n"))
+    wait_for(client, job.id, "failed")
+    error = client.fine_tuning.jobs.retrieve(job.id).error
+    assert error is not None and (error.code, error.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_a_dialogue_that_only_the_run_finds_bad_fails_with_its_line(client: openai.OpenAI) -> None:
+    long = rows("la-la~" * 200_000, count=1)
+    job = wait_for(client, start(client, "long", file=upload(client, rows(count=1) + long)).id, "failed")
+    assert job.error.code == "training_failed" and "line 2: longer than the base's context" in job.error.message
+
+
 def test_jobs_train_one_after_the_other_and_can_be_cancelled(client: openai.OpenAI, live: Live) -> None:
     first, file = start(client, "first"), upload(client)
     second = start(client, "second", file=file)
@@ -309,6 +344,16 @@ class TestUploads:
         assert response.status_code == 500 and "No space left on device" in response.json["error"]["message"]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
+    def test_a_client_that_hangs_up_leaves_nothing(self, live: Live) -> None:
+        root = Path(live.app.extensions["loraserve"].registry.root) / ".files"
+        before = set(root.rglob("*"))
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        request = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with socket.create_connection(("127.0.0.1", live.server.port)) as connection:
+            connection.sendall(request + b"Content-Length: 1000000\r\n\r\n" + head + b"x" * 100_000)
+        assert live.client.files.list(limit=1) is not None, "the server has gone on to the next request"
+        assert set(root.rglob("*")) == before
+
     def test_other_purposes_expiry_and_other_sites_are_refused(self, live: Live) -> None:
         assert self.post(live.app, purpose="assistants").json["error"]["param"] == "purpose"
         assert self.post(live.app, **{"expires_after[anchor]": "created_at"}).json["error"]["param"] == "expires_after"
@@ -399,6 +444,42 @@ class TestRestart:
         assert failed.error is not None and failed.error["code"] == "name_taken"
         assert registry.get("one").version == version
 
+    def test_an_adapter_made_during_the_run_is_not_replaced(
+        self, registry: Registry, service: Service, base: Base
+    ) -> None:
+        with JobQueue(registry, options(base)) as queue:
+            job = a_job(queue, "one", base, n_epochs=20)
+            queue.add(job)
+            until(queue, job, lambda job: job.status == "running")
+            before = registry.import_(Path(service.registry.root) / "pirate", "one")
+            failed = until(queue, job, lambda job: job.ended)
+        assert failed.error is not None and failed.error["code"] == "name_taken"
+        after = registry.get("one")
+        assert (after.version, after.manifest.sha256) == (before.version, before.manifest.sha256)
+
+    def test_a_process_that_outlives_its_server_is_found_and_its_run_goes_on(
+        self, registry: Registry, base: Base
+    ) -> None:
+        job = a_job(JobQueue(registry, []), "one", base)
+        JobQueue(registry, []).jobs.save(job)
+        code = (
+            "import sys, time\nfrom loraserve.jobs import JobQueue\nfrom loraserve.registry import Registry\n"
+            "with JobQueue(Registry(sys.argv[1], None, sys.argv[2]), sys.argv[3:]): time.sleep(600)"
+        )
+        arguments = [str(registry.root), base.fingerprint, *options(base)]
+        with subprocess.Popen([sys.executable, "-c", code, *arguments]) as server:
+            queue = JobQueue(registry, options(base))
+            running = until(queue, job, lambda _: len(steps(queue, job)) > 3)
+            server.kill()
+        assert running.process is not None
+        orphan = psutil.Process(running.process[0])
+        assert orphan.is_running()
+        with queue:
+            until(queue, job, lambda job: job.status == "running" and job.process != running.process)
+            assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+            assert until(queue, job, lambda job: job.ended).status == "succeeded"
+        assert "resuming after step" in (queue.jobs.folder(job.id) / "log").read_text()
+
     def test_two_servers_do_not_train_the_same_jobs(self, registry: Registry, base: Base) -> None:
         with JobQueue(registry, options(base)) as queue:
             job = a_job(queue, "one", base)
@@ -420,3 +501,55 @@ class TestRestart:
                 stack.callback(queue.cancel, job.id)
             with pytest.raises(QueueFull):
                 queue.add(a_job(queue, "three", base))
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "status"),
+        [
+            ([], 200),
+            (["--host", "localhost"], 200),
+            (["--no-training"], 403),
+            (["--host", "0.0.0.0"], 403),
+            (["--host", "0.0.0.0", "--training"], 200),
+        ],
+    )
+    def test_trains_by_default_only_for_this_machine(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+    ) -> None:
+        statuses = []
+
+        class Once:
+            url = "http://nowhere"
+
+            def __init__(self, app: Flask, host: str, port: int) -> None:
+                self.app = app
+
+            def run_until_signal(self) -> None:
+                statuses.append(self.app.test_client().get("/v1/fine_tuning/jobs").status_code)
+
+        monkeypatch.setattr("loraserve.cli.serve.open_service", lambda *_, **__: contextlib.nullcontext(service))
+        monkeypatch.setattr("loraserve.server.Server", Once)
+        result = CliRunner().invoke(main, ["serve", *arguments])
+        assert (result.exit_code, statuses) == (0, [status]), result.output
+
+    def test_ends_a_run_in_order_when_it_is_stopped(self, base: Base, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "loraserve.cli", "serve", "--port", "0", "--adapters-dir", str(tmp_path)]
+        command += ["--base", str(base.path), "--max-model-len", "64", "--kv-memory", "1M"]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, env=environment, **pipes) as server:
+            assert server.stdout is not None
+            url = server.stdout.readline().split(" at ")[1].split()[0]
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                job = start(client, "nova")
+                wait_for(client, job.id, "running")
+                while not any(message.startswith("Step 2:") for message in messages(client, job.id)):
+                    time.sleep(0.05)
+            server.send_signal(signal.SIGTERM)
+            assert server.stdout.read() == "" and server.wait(60) == 0
+        folder = tmp_path / ".jobs" / job.id
+        pid, _ = json.loads((folder / "job.json").read_text())["process"]
+        assert not psutil.pid_exists(pid)
+        assert "stopped by SIGTERM after step" in (folder / "log").read_text()
+        assert (folder / "run" / ".training" / "nova" / "checkpoint.pt").exists()
