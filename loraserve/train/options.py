@@ -12,6 +12,7 @@ from loraserve.train.data import Augmentation
 from loraserve.train.tokens import ON_BAD_ROW
 
 REDUCTIONS = ("tokens", "mean")
+PUBLISH = ("better", "always")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class TrainOptions:
     """`tokens`: every supervised token of an optimizer step weighs the same. `mean`: MiniMind's mean of means."""
     max_seq_len: int | None = None
     val_split: float = 0.0
+    patience: int | None = None
+    """Epochs without a lower validation loss after which the run ends; None goes on to the last."""
+    publish: str = "better"
+    """`better`: not unless validation loss, where there is any, is below the base's. `always`: whatever it is."""
     on_bad_row: str = "stop"
     """`stop`: a row that cannot be used ends the run before it begins. `skip`: train on the rest."""
     augmentation: Augmentation = Augmentation()
@@ -71,6 +76,12 @@ class TrainOptions:
             raise InvalidRequest(f"max_seq_len must be at least 2, not {self.max_seq_len}", param="max_seq_len")
         if self.loss_reduction not in REDUCTIONS:
             raise InvalidRequest(f"loss_reduction is one of {', '.join(REDUCTIONS)}", param="loss_reduction")
+        if self.patience is not None and self.patience < 1:
+            raise InvalidRequest(f"patience must be at least 1, not {self.patience}", param="patience")
+        if self.patience is not None and not self.val_split:
+            raise InvalidRequest("patience needs validation dialogues: --val-split 0.1", param="patience")
+        if self.publish not in PUBLISH:
+            raise InvalidRequest(f"publish is one of {', '.join(PUBLISH)}", param="publish")
         if self.on_bad_row not in ON_BAD_ROW:
             raise InvalidRequest(f"on_bad_row is one of {', '.join(ON_BAD_ROW)}", param="on_bad_row")
 
@@ -91,6 +102,6 @@ class TrainOptions:
     def recipe(self) -> dict[str, Any]:
         """The settings that, with the data and the base, decide the adapter: equal recipes give equal weights."""
         fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
-        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "seed")}
+        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "patience", "seed")}
         lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
         return {"data": self.data.name, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
