@@ -23,18 +23,28 @@ def show_summary(
     stream: TextIO, metrics: Mapping[str, Any], answers: Sequence[Comparison], warnings: Sequence[str]
 ) -> None:
     """Print it; a stream that is no terminal gets the same tables 100 columns wide, without colours."""
-    from rich.console import Console
-
-    console = Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
-    _table(console, ("", "base", "adapter"), before_and_after(metrics))
-    if answers:
-        _table(
-            console, ("question", "base answers", "adapter answers"), [(a.question, a.before, a.after) for a in answers]
-        )
+    show_tables(stream, ("base", "adapter"), before_and_after(metrics), answers)
     if metrics.get("val_loss") is None:
         print(f"note: {UNCHECKED}", file=stream)
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        _console(stream).print(f"warning: {warning}", style="yellow", soft_wrap=True)
+
+
+def show_tables(
+    stream: TextIO, sides: tuple[str, str], figures: Sequence[tuple[str, str, str]], answers: Sequence[Comparison]
+) -> None:
+    """Print figures and answers of two sides, each under its name."""
+    console = _console(stream)
+    _table(console, ("", *sides), figures)
+    if answers:
+        header = ("question", *(f"{side} answers" for side in sides))
+        _table(console, header, [(a.question, a.before, a.after) for a in answers])
+
+
+def _console(stream: TextIO) -> Any:
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
 
 
 def _table(console: Any, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

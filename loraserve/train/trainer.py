@@ -257,7 +257,7 @@ class _Run:
             per_epoch=self.per_epoch,
             learning_rate=self.options.learning_rate,
         )
-        answers = compare(self.base, self.weights, self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
+        answers = compare(self.base, (None, self.weights), self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
         show_summary(self.stream, metrics, answers, warnings)
         if self.best.beats_base is False and self.options.publish == "better":
             raise NotBetter(
