@@ -108,6 +108,12 @@ class TrainingFailed(LoraserveError):
     code = "training_failed"
 
 
+class NotBetter(LoraserveError):
+    """A trained adapter is not better than the base on validation and was not published; its state is saved."""
+
+    code = "not_better"
+
+
 class TrainingInterrupted(LoraserveError):
     """A signal stopped a training run; its state is saved and the message says how to go on."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loraserve.cli.compare import compare_adapters
 from loraserve.cli.options import LoraserveGroup, adapters_dir_option, mismatch_option
 from loraserve.cli.records import facts_of, figures, print_json, report, some_names
 from loraserve.cli.tables import count, pairs, shorten, size, table
@@ -97,6 +98,9 @@ def show_adapter(name: str, adapters_dir: Path, as_json: bool) -> None:
             pairs((key, value) for key, value in facts[title].items() if value is not None)
     for warning in record.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+command.add_command(compare_adapters)
 
 
 @command.command("import")

@@ -111,6 +111,19 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Dialogues to validate on, instead of held out ones.",
 )
 @click.option(
+    "--patience",
+    type=COUNT,
+    metavar="N",
+    help="Stop after N epochs without a lower validation loss.  [default: all epochs; the best one is published]",
+)
+@click.option(
+    "--publish",
+    type=click.Choice(["better", "always"]),
+    default="better",
+    show_default=True,
+    help="better: nothing that is worse than the base on validation. always: whatever comes out.",
+)
+@click.option(
     "--on-bad-row",
     type=click.Choice(["stop", "skip"]),
     default="stop",

@@ -34,6 +34,8 @@ class Manifest:
     data_sha256: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    """What is doubtful about how it was trained."""
     description: str = ""
 
     @classmethod
@@ -42,13 +44,14 @@ class Manifest:
         texts = ("base_fingerprint", "base_name", "sha256", "config_sha256", "created", "data_sha256", "description")
         wrong = [name for name in texts if not isinstance(data.get(name), str | None)]
         wrong += [name for name in ("recipe", "metrics") if not isinstance(data.get(name, {}), Mapping)]
-        parents = data.get("parents") or ()
-        if not isinstance(parents, list | tuple) or not all(isinstance(parent, str) for parent in parents):
-            wrong.append("parents")
+        lists = {name: data.get(name) or () for name in ("parents", "warnings")}
+        for name, items in lists.items():
+            if not isinstance(items, list | tuple) or not all(isinstance(text, str) for text in items):
+                wrong.append(name)
         if wrong:
             raise InvalidRequest(f"manifest fields of the wrong type: {', '.join(wrong)}")
         known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
-        return cls(**known | {"parents": tuple(parents)})
+        return cls(**known | {name: tuple(items) for name, items in lists.items()})
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False, default=str).encode() + b"\n"

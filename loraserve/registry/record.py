@@ -56,6 +56,7 @@ def read_record(name: str, folder: AdapterFolder, number: int, shapes: Shapes | 
     path = folder.version_path(number) if number else folder.path
     scan = scan_adapter(path, name, shapes)
     manifest, warning = read_manifest(path)
+    scan.warnings.extend(manifest.warnings)
     if warning:
         scan.warnings.append(warning)
     if manifest.config_sha256 and sha256_of(path / CONFIG_FILE) != manifest.config_sha256:

@@ -7,12 +7,19 @@ from typing import Any
 
 from loraserve.train.rows import Rejections
 from loraserve.train.samples import Comparison
+from loraserve.train.summary import before_and_after
 
 CURVE = "loss.png"
 
 
-def loss_curve(losses: Sequence[tuple[int, float]], val_losses: Sequence[tuple[int, float]]) -> bytes:
-    """Draw the curve as a PNG: every micro-batch pale, their running mean in front, validation as dots."""
+def loss_curve(
+    losses: Sequence[tuple[int, float]], val_losses: Sequence[tuple[int, float]], best_step: int = 0
+) -> bytes:
+    """Draw the curve as a PNG: every micro-batch pale, their running mean in front, validation as dots.
+
+    Args:
+        best_step: where validation was best and the published weights are from; 0 marks nothing.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -21,11 +28,17 @@ def loss_curve(losses: Sequence[tuple[int, float]], val_losses: Sequence[tuple[i
     axes.plot(steps, [loss for _, loss in losses], color="#9ecae1", linewidth=0.8, label="micro-batch")
     axes.plot(steps, _smoothed([loss for _, loss in losses]), color="#08519c", linewidth=1.8, label="running mean")
     if val_losses:
-        axes.plot(*zip(*val_losses, strict=True), color="#d94801", marker="o", linewidth=1.2, label="validation")
+        axes.plot(*zip(*val_losses, strict=True), color="#d94801", marker="o", markersize=4, label="validation")
+    best = dict(val_losses).get(best_step)
+    if best_step and best is not None:
+        axes.axvline(best_step, color="#d94801", linewidth=0.8, linestyle=":")
+        published = f"best: {best:.3f}"
+        axes.plot([best_step], [best], "*", color="#d94801", markersize=13, markeredgecolor="white", label=published)
     axes.set_xlabel("micro-batch")
     axes.set_ylabel("loss per supervised token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
@@ -33,14 +46,10 @@ def loss_curve(losses: Sequence[tuple[int, float]], val_losses: Sequence[tuple[i
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential mean over about a twentieth of the run, without its start-up bias."""
-    keep = 1 - 1 / max(len(values) / 20, 1)
-    total = weight = 0.0
-    result = []
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(total / weight)
-    return result
+    """The mean of about a twentieth of the run around each place."""
+    reach = len(values) // 40
+    windows = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def write_card(
@@ -50,6 +59,7 @@ def write_card(
     metrics: Mapping[str, Any],
     rejections: Rejections,
     answers: Sequence[Comparison],
+    warnings: Sequence[str] = (),
 ) -> str:
     """Return the card's Markdown, with the header the Hugging Face hub reads."""
     header = {
@@ -71,6 +81,7 @@ def write_card(
         ),
         f"![Training loss over {metrics['steps']} micro-batches]({CURVE})",
         "",
+        *_did_it_work(metrics, warnings),
         "| result | |",
         "| --- | --- |",
         *(f"| {label} | {metrics[key]} |" for key, label in RESULTS.items() if metrics.get(key) is not None),
@@ -80,15 +91,29 @@ def write_card(
         *(f"| {key} | {_cell(value)} |" for key, value in recipe.items() if value is not None),
     ]
     if answers:
-        lines += ["", "## Before and after", "", "Greedy answers to questions of the training file.", ""]
+        lines += [
+            "",
+            "## Before and after",
+            "",
+            "Greedy answers to questions of the file, those held out if there are any.",
+            "",
+        ]
         lines += ["| question | base | with this adapter |", "| --- | --- | --- |"]
         lines += [f"| {_cell(a.question)} | {_cell(a.before)} | {_cell(a.after)} |" for a in answers]
     return "\n".join(lines) + "\n"
 
 
+def _did_it_work(metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
+    figures = before_and_after(metrics)
+    rows = ["| | base | with this adapter |", "| --- | --- | --- |"] * bool(figures)
+    rows += [f"| {what} | {before} | {after} |" for what, before, after in figures]
+    doubts = ["", "Doubtful about it:", "", *(f"- {_cell(warning)}" for warning in warnings)] if warnings else []
+    return [*rows, *doubts, ""] if rows or doubts else []
+
+
 RESULTS = {
-    "loss": "loss at the end",
-    "val_loss": "validation loss",
+    "loss": "training loss of the last epoch",
+    "best_epoch": "epoch of the published weights",
     "steps": "micro-batches",
     "tokens": "tokens trained",
     "seconds": "seconds",

@@ -2,7 +2,7 @@
 
 Kept in one folder per adapter name, `<adapters-dir>/.training/<name>/` or `<save_dir>/<name>/`:
 
-    checkpoint.pt     weights, optimizer state, loss scaler, position; replaced atomically
+    checkpoint.pt     weights, the best so far, optimizer state, loss scaler, position; replaced atomically
     metrics.jsonl     the losses so far
     tokens/           the data as token ids, see `tokens`
 
@@ -41,6 +41,8 @@ class RunState:
     scaler: dict[str, Any]
     seconds: float
     """Time trained so far."""
+    best: dict[str, Any]
+    """See `BestWeights.state`."""
     wandb_id: str | None = None
 
 

@@ -12,6 +12,7 @@ from loraserve.train.data import Augmentation
 from loraserve.train.tokens import ON_BAD_ROW
 
 REDUCTIONS = ("tokens", "mean")
+PUBLISH = ("better", "always")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class TrainOptions:
     val_split: float = 0.0
     val_data: Path | None = None
     """Dialogues to validate on, instead of some of `data`."""
+    patience: int | None = None
+    """Epochs without a lower validation loss after which the run ends; None goes on to the last."""
+    publish: str = "better"
+    """`better`: not unless validation loss, where there is any, is below the base's. `always`: whatever it is."""
     on_bad_row: str = "stop"
     """`stop`: a row that cannot be used ends the run before it begins. `skip`: train on the rest."""
     augmentation: Augmentation = Augmentation()
@@ -75,6 +80,14 @@ class TrainOptions:
             raise InvalidRequest(f"max_seq_len must be at least 2, not {self.max_seq_len}", param="max_seq_len")
         if self.loss_reduction not in REDUCTIONS:
             raise InvalidRequest(f"loss_reduction is one of {', '.join(REDUCTIONS)}", param="loss_reduction")
+        if self.patience is not None and self.patience < 1:
+            raise InvalidRequest(f"patience must be at least 1, not {self.patience}", param="patience")
+        if self.patience is not None and not self.val_split and self.val_data is None:
+            raise InvalidRequest(
+                "patience needs validation dialogues: --val-split 0.1 or --val-data FILE", param="patience"
+            )
+        if self.publish not in PUBLISH:
+            raise InvalidRequest(f"publish is one of {', '.join(PUBLISH)}", param="publish")
         if self.on_bad_row not in ON_BAD_ROW:
             raise InvalidRequest(f"on_bad_row is one of {', '.join(ON_BAD_ROW)}", param="on_bad_row")
 
@@ -95,7 +108,7 @@ class TrainOptions:
     def recipe(self) -> dict[str, Any]:
         """The settings that, with the data and the base, decide the adapter: equal recipes give equal weights."""
         fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
-        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "seed")}
+        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "patience", "seed")}
         lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
         files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
         return {**files, **lora, **chosen, **dataclasses.asdict(self.augmentation)}

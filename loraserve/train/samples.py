@@ -1,4 +1,4 @@
-"""A few answers of the base and of the adapter side by side, for the card. Greedy, without a cache: they are short."""
+"""A few answers of the base and an adapter, or of two adapters, side by side. Greedy, uncached: they are short."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,8 @@ from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.dialogue import Dialogue
 
+Sides = tuple[Mapping[str, LoraWeight] | None, Mapping[str, LoraWeight] | None]
+
 MAX_DIALOGUES = 1000
 MAX_PROMPT_TOKENS = 256
 MAX_NEW_TOKENS = 48
@@ -28,10 +30,11 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(
-    base: Base, weights: Mapping[str, LoraWeight], dialogues: Iterable[Dialogue], count: int
-) -> list[Comparison]:
-    """Answer the first question of up to `count` different dialogues, with the base and with the adapter.
+def compare(base: Base, sides: Sides, dialogues: Iterable[Dialogue], count: int) -> list[Comparison]:
+    """Answer the first question of up to `count` different dialogues, by each of two sides.
+
+    Args:
+        sides: whose answers are `before` and `after`: an adapter's weights on the base's device, or None for the base.
 
     Long prompts are passed over, and a thousand dialogues looked at; after 30 seconds the answers end where they are.
     """
@@ -48,23 +51,25 @@ def compare(
             break
     if not prompts:
         return []
-    sequences = [list(ids) for ids in prompts.values() for _ in range(2)]  # base, adapter, base, adapter, ...
+    sequences = [list(ids) for ids in prompts.values() for _ in range(2)]  # first side, second, first, second, ...
     starts = [len(sequence) for sequence in sequences]
-    _continue(base, weights, sequences)
+    _continue(base, sides, sequences)
     texts = [base.tokenizer.decode(s[start:]).strip() for s, start in zip(sequences, starts, strict=True)]
     return [Comparison(q, *pair) for q, *pair in zip(prompts, texts[::2], texts[1::2], strict=True)]
 
 
-def _continue(base: Base, weights: Mapping[str, LoraWeight], sequences: list[list[int]]) -> None:
-    """Extend `sequences` in place; those at odd places use the adapter."""
-    stack = AdapterStack([weights])
+def _continue(base: Base, sides: Sides, sequences: list[list[int]]) -> None:
+    """Extend `sequences` in place; those at even places are of the first side, at odd places of the second."""
+    stack = AdapterStack([side or {} for side in sides])
     running = list(range(len(sequences)))
     deadline = time.monotonic() + MAX_SECONDS
     for _ in range(MAX_NEW_TOKENS):
         if not running or time.monotonic() > deadline:
             break
         lengths = [len(sequences[i]) for i in running]
-        segments = [(length, [(0, 1.0)] if i % 2 else []) for i, length in zip(running, lengths, strict=True)]
+        segments = [
+            (length, [(i % 2, 1.0)] if sides[i % 2] else []) for i, length in zip(running, lengths, strict=True)
+        ]
         attention = PackedAttention(lengths, base.device)
         input_ids = torch.tensor([token for i in running for token in sequences[i]], device=base.device)
         last = torch.tensor(lengths, device=base.device).cumsum(0) - 1

@@ -8,35 +8,37 @@ that was killed anywhere and resumed publishes the same weights as one that was 
 up in another order.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
 
 from loraserve.base.load import Base
-from loraserve.errors import InvalidRequest, TrainingInterrupted
+from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.config import LoraConfig, compact_targets, expand_targets
 from loraserve.registry import Record, Registry
 from loraserve.train.batch import PackedBatch, pack, summed_loss
+from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
 from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
 from loraserve.train.data import Encoder
 from loraserve.train.dataset import Dataset
+from loraserve.train.figures import figures_of
+from loraserve.train.general import perplexity
 from loraserve.train.initial import initial_weights
 from loraserve.train.options import TrainOptions
 from loraserve.train.report import Metrics, Progress, WandbLog
 from loraserve.train.rows import DataFile
-from loraserve.train.samples import compare
+from loraserve.train.samples import Comparison, compare
+from loraserve.train.signals import stop_signals
 from loraserve.train.step import AdapterOptimizer
+from loraserve.train.summary import show_summary
 from loraserve.train.tokens import REJECTED, TokenFile, discard_tokens, tokenize
+from loraserve.train.verdict import warnings_of
 
 WORK_FOLDER = ".training"
 VALIDATION = "validation"
@@ -63,6 +65,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         DataError: a file with unusable rows, unless they are skipped.
         Conflict: another process is training this name.
         TrainingFailed: the loss is not a number; nothing is published.
+        NotBetter: the validation loss is not below the base's and options.publish is `better`; the state is saved.
         TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
         StorageError: a checkpoint or the adapter could not be written; the last good checkpoint stays.
     """
@@ -89,6 +92,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
 class _Run:
     def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
+        self.stream = stream
         self.data = DataFile(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
         tokens = self._tokenize(self.data, encoder, folder, stream)
@@ -132,6 +136,7 @@ class _Run:
             accumulation_steps=options.accumulation_steps,
             loss_reduction=options.loss_reduction,
         )
+        self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
         self.identity = self.recipe | {"data_sha256": self.data.sha256, "base_fingerprint": base.fingerprint}
         if validation is not None:
@@ -141,6 +146,7 @@ class _Run:
         if state is not None:
             self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
             self.seconds, wandb_id = state.seconds, state.wandb_id
+            self.best.load(state.best)
         else:
             discard(folder)
         done = self.optimizer.step
@@ -181,10 +187,10 @@ class _Run:
     def loop(self) -> None:
         """Run to the last step; see `train` for what it raises."""
         options, started = self.options, time.monotonic() - self.seconds
-        if self.optimizer.step == 0:
+        if not self.metrics.records:
             self._validate()
-        with _stop_signals() as stop:
-            while self.optimizer.step < self.total and not stop.requested:
+        with stop_signals() as stop:
+            while not self._finished() and not stop.requested:
                 before = self.optimizer.step
                 records = self.optimizer.advance(self._window(), stop=lambda: bool(stop.requested))
                 self.seconds = time.monotonic() - started
@@ -199,11 +205,17 @@ class _Run:
                 if self.optimizer.step // options.save_interval > before // options.save_interval:
                     self._save()
             self._save()
-        if self.optimizer.step < self.total:
+        if not self._finished():
             raise TrainingInterrupted(
                 f"stopped by {stop.requested} after step {self.optimizer.step} of {self.total}; the state is saved in "
                 f"{self.folder}; run the same command with --resume to go on"
             )
+
+    def _finished(self) -> bool:
+        """Whether all steps are done, or validation has not improved for the epochs of `patience`."""
+        patience, step = self.options.patience, self.optimizer.step
+        tired = patience is not None and step - self.best.step >= patience * self.per_epoch
+        return step >= self.total or tired
 
     def _window(self) -> list[PackedBatch]:
         """The micro-batches of the next optimizer step; a window does not reach into the next epoch."""
@@ -224,6 +236,7 @@ class _Run:
             total += float(summed_loss(self.base.model, batch, self.optimizer.stack))
             supervised += batch.num_supervised
         loss = total / supervised
+        self.best.offer(self.optimizer.step, loss)
         self._log({"step": self.optimizer.step, "val_loss": loss})
         self.progress.note(f"validation after step {self.optimizer.step}/{self.total}: loss {loss:.4f}")
 
@@ -234,7 +247,13 @@ class _Run:
 
     def _save(self) -> None:
         wandb_id = self.wandb.run_id if self.wandb else None
-        state = RunState(recipe=self.identity, seconds=self.seconds, wandb_id=wandb_id, **self.optimizer.state())
+        state = RunState(
+            recipe=self.identity,
+            seconds=self.seconds,
+            wandb_id=wandb_id,
+            best=self.best.state(),
+            **self.optimizer.state(),
+        )
         save_state(self.folder, state)
 
     def close(self) -> None:
@@ -244,25 +263,46 @@ class _Run:
             self.wandb.close()
 
     def publish(self) -> TrainResult:
+        """Judge the best weights, say how they do, and publish them if they are to be."""
+        self.best.restore()
+        metrics = self._figures()
+        warnings = warnings_of(
+            metrics,
+            [loss for _, loss in self.metrics.losses],
+            self.metrics.val_losses,
+            per_epoch=self.per_epoch,
+            learning_rate=self.options.learning_rate,
+        )
+        answers = compare(self.base, (None, self.weights), self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
+        show_summary(self.stream, metrics, answers, warnings)
+        if self.best.beats_base is False and self.options.publish == "better":
+            raise NotBetter(
+                f"{self.options.name!r} was not published: on validation the base's loss is {metrics['val_loss_base']} "
+                f"and the adapter's {metrics['val_loss']}; try another --learning-rate, or more and different "
+                f"dialogues; the state is in {self.folder}, and the same command with --resume --publish always "
+                "publishes it"
+            )
+        return self._publish(metrics, answers, warnings)
+
+    def _publish(self, metrics: dict[str, Any], answers: list[Comparison], warnings: list[str]) -> TrainResult:
         trained = {
             target: LoraWeight(weight.A.detach().cpu(), weight.B.detach().cpu(), weight.scaling)
             for target, weight in self.weights.items()
         }
-        metrics = self._figures()
-        answers = compare(self.base, self.weights, self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
         rejections = self.facts.rejections
-        card = write_card(self.options.name, self.base.name, self.recipe, metrics, rejections, answers)
+        card = write_card(self.options.name, self.base.name, self.recipe, metrics, rejections, answers, warnings)
         manifest = {
             "base_fingerprint": self.base.fingerprint,
             "base_name": self.base.name,
             "data_sha256": self.data.sha256,
             "recipe": self.recipe,
             "metrics": metrics,
+            "warnings": warnings,
             "description": f"trained on {len(self.dataset)} dialogues of {self.data.name}",
         }
         files: dict[str, bytes | Path] = {
             "README.md": card.encode(),
-            CURVE: loss_curve(self.metrics.losses, self.metrics.val_losses),
+            CURVE: loss_curve(self.metrics.losses, self.metrics.val_losses, self.best.step),
             METRICS: self.metrics.path,
         }
         adapter = Adapter(trained, self.options.name)
@@ -270,48 +310,10 @@ class _Run:
         return TrainResult(record, metrics)
 
     def _figures(self) -> dict[str, Any]:
-        steps = [record for record in self.metrics.records if "loss" in record]
-        last = steps[-self.per_epoch :]
-        supervised = sum(record["supervised_tokens"] for record in last)
-        tokens = sum(record["tokens"] for record in steps)
-        val_losses = self.metrics.val_losses
-        return {
-            "loss": round(sum(r["loss"] * r["supervised_tokens"] for r in last) / max(supervised, 1), 4),
-            "val_loss": round(val_losses[-1][1], 4) if val_losses else None,
+        return figures_of(self.metrics.records, self.best, self.per_epoch, self.seconds) | {
+            "perplexity_base": round(perplexity(self.base, None), 3),
+            "perplexity": round(perplexity(self.base, self.optimizer.stack), 3),
             "dialogues": len(self.dataset),
             "rejected_rows": self.facts.rejections.rows,
             "num_parameters": sum(w.A.numel() + w.B.numel() for w in self.weights.values()),
-            "steps": self.total,
-            "tokens": tokens,
-            "seconds": round(self.seconds, 1),
-            "tokens_per_second": round(tokens / self.seconds),
         }
-
-
-class _Stop:
-    """The name of the signal that asked to stop, or None."""
-
-    requested: str | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Let SIGINT and SIGTERM ask for a stop; a second one acts as it would have without us."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        stop.requested = signal.Signals(number).name
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

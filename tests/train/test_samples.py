@@ -35,7 +35,7 @@ def test_answers_side_by_side_are_those_of_each_alone(base, dialogue_file):
         for target, (out, inp) in base.shapes.items()
     }
     dialogues = [read_dialogue(row) for row in DataFile(dialogue_file).rows()]
-    found = compare(base, weights, [dialogues[0], *dialogues], 3)
+    found = compare(base, (None, weights), [dialogues[0], *dialogues], 3)
     assert [each.question for each in found] == ["who are you", "hello", "你是谁"]
     with torch.inference_mode():
         for each, dialogue in zip(found, dialogues, strict=False):
@@ -43,7 +43,9 @@ def test_answers_side_by_side_are_those_of_each_alone(base, dialogue_file):
             assert each.before == greedy(base, None, prompt)
             assert each.after == greedy(base, weights, prompt)
             assert each.before != each.after
-    assert compare(base, weights, [], 3) == []
+    reverse = compare(base, (weights, None), dialogues, 3)
+    assert [(each.after, each.before) for each in reverse] == [(each.before, each.after) for each in found]
+    assert compare(base, (None, weights), [], 3) == []
 
 
 def test_a_card_survives_tables_and_markup_in_answers():
