@@ -44,7 +44,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         y = F.linear(x, self.weight)
-        return y if lora is None else lora.apply(self.target, x, y)
+        return y if lora is None else lora.add((self.target,), (y.shape[1],), x, y)
 
 
 class Joint(nn.Module):

@@ -14,10 +14,12 @@ MiniMind's and Hugging Face's, so a checkpoint's tensors load by name.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loraserve.base import fused
 from loraserve.base.config import ModelConfig
 from loraserve.base.linear import Attention, Joint, Linear
+from loraserve.base.recompute import recompute
 from loraserve.base.rope import Rope, rotate
 from loraserve.kernels import cpu, dispatch
 from loraserve.lora.batch import LoraBatch
@@ -36,6 +38,9 @@ class RMSNorm(nn.Module):
             self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._normed(x) if self.weight.requires_grad else recompute(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, (x.shape[-1],), self.weight.float(), self.eps)
         normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float() if self.in_float32 else None, self.eps)
@@ -80,7 +85,11 @@ class SwiGLU(nn.Module):
         if self.fused and not torch.is_grad_enabled():
             return fused.swiglu(self, x, lora)
         gate, up = self.gate_up(x, lora)
-        return self.down(F.silu(gate) * up, lora)[0]
+        return self.down(recompute(_gated, gate, up), lora)[0]
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MixtureOfExperts(nn.Module):
@@ -141,13 +150,28 @@ class Decoder(nn.Module):
         self.rope = Rope(config)
         self.fused = False
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        lora: LoraBatch | None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Compute the normed hidden states (N, hidden); see `Model.forward`.
+
+        Args:
+            checkpointing: for the backward pass keep only each block's input and run the block again there.
+        """
         if self.fused and not torch.is_grad_enabled():
             return fused.hidden_states(self, input_ids, positions, attention, lora)
         cos, sin = self.rope(positions, attention.max_position)
         x = self.embed_tokens(input_ids)  # (N, hidden)
         for layer in self.layers:
-            x = layer(x, cos, sin, attention, lora)
+            if checkpointing:
+                x = checkpoint(layer, x, cos, sin, attention, lora, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, attention, lora)
         return self.norm(x)
 
 

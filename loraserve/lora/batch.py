@@ -35,6 +35,29 @@ class Work(Protocol):
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None: ...
 
 
+def _delta(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(x Aᵀ · scale) B, and what is in the brackets, (n, R) float32."""
+    h = (x.to(A.dtype) @ A.T).float() * scale
+    return h.to(B.dtype) @ B, h
+
+
+class _Delta(torch.autograd.Function):
+    """`_delta` in training. It keeps x as it is, which layers of one input share, and no copies in A's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+        delta, h = _delta(x, A, B, scale)
+        ctx.save_for_backward(x, A, B, scale, h)
+        return delta
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, A, B, scale, h = ctx.saved_tensors
+        by_h = ((gradient @ B.T).float() * scale).to(A.dtype)  # (n, R), before scaling
+        by_x = (by_h @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return by_x, by_h.T @ x.to(A.dtype), h.to(B.dtype).T @ gradient, None
+
+
 @dataclass
 class _Alone:
     """The rows of one slot. `rows` None stands for all rows, `weights` (n, 1) None for all ones."""
@@ -49,9 +72,8 @@ class _Alone:
             return
         A, B = site.A[0], site.B[0]  # (R, in), (R, Σout)
         x = x if self.rows is None else x[self.rows]
-        h = (x.to(A.dtype) @ A.T).float()  # (n, R)
-        h = h * (site.scaling[0] if self.weights is None else self.weights * site.scaling[0])
-        delta = h.to(B.dtype) @ B
+        scale = site.scaling[0] if self.weights is None else self.weights * site.scaling[0]  # (R,) or (n, R)
+        delta = _Delta.apply(x, A, B, scale) if A.requires_grad else _delta(x, A, B, scale)[0]
         if self.rows is None:
             y += delta
         else:

@@ -3,7 +3,7 @@
     loss = Σ over supervised t of -log p(x[t+1] | x[..t])
 
 Rows after a dialogue's last supervised target predict nothing that is asked for and nothing sees them, so they are not
-run at all; only the rows that predict a supervised token reach the head.
+run at all; only the rows that predict a supervised token reach the head, a chunk of them at a time (`loss`).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from loraserve.base.model import MixtureOfExperts, Model
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.data import Sample
+from loraserve.train.loss import summed_cross_entropy
 
 ROUTER_LOSS_WEIGHT = 5e-4
 
@@ -58,23 +59,21 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long())
 
 
-def logits_of(model: Model, batch: PackedBatch, stack: AdapterStack | None) -> Tensor:
-    """Logits (M, vocab_size) float32 of the rows of `batch` that predict a supervised token.
+def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *, checkpointing: bool = False) -> Tensor:
+    """Cross-entropy summed over the batch's supervised tokens, a float32 scalar.
 
     Args:
         stack: the one adapter applied to every row, or None for the base alone.
+        checkpointing: keep only the blocks' inputs for the backward pass; the same loss in less memory.
     """
     device = model.lm_head.weight.device
     attention = PackedAttention(batch.lengths, device)
     lora = LoraBatch(stack, torch.ones(batch.num_rows, 1), device) if stack is not None else None
-    input_ids, rows = batch.input_ids.to(device), batch.rows.to(device)
-    return model(input_ids, attention.positions, attention, lora, rows=rows).float()
-
-
-def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None) -> Tensor:
-    """Cross-entropy summed over the batch's supervised tokens, a float32 scalar."""
-    logits = logits_of(model, batch, stack)
-    return F.cross_entropy(logits, batch.targets.to(logits.device), reduction="sum")
+    hidden_states = model.model(
+        batch.input_ids.to(device), attention.positions, attention, lora, checkpointing=checkpointing
+    )
+    predicting = hidden_states[batch.rows.to(device)]  # (M, hidden)
+    return summed_cross_entropy(model, predicting, batch.targets.to(device), lora, batch.rows)
 
 
 class RouterLoss:

@@ -50,6 +50,7 @@ class AdapterOptimizer:
         weights: {target: LoraWeight} whose A and B are float32 parameters on the model's device.
         total_steps: micro-batches of the whole run, for the schedule.
         loss_reduction: `tokens` or `mean`.
+        checkpointing: run each block again in the backward pass and keep only its input.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class AdapterOptimizer:
         grad_clip: float = 1.0,
         accumulation_steps: int = 1,
         loss_reduction: str = "tokens",
+        checkpointing: bool = False,
     ) -> None:
         self.model, self.weights = model, weights
         self.stack = AdapterStack([weights])
         self.step = 0
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
+        self._checkpointing = checkpointing
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
         self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
@@ -87,19 +90,20 @@ class AdapterOptimizer:
         """
         window_tokens = sum(batch.num_supervised for batch in window)
         losses: list[Tensor] = []
-        with RouterLoss(self.model) as router:
-            for batch in window:
-                loss = summed_loss(self.model, batch, self.stack)
-                losses.append(loss.detach() / batch.num_supervised)
-                router_loss = router.take()
-                if self._mean:
-                    loss = (loss / batch.num_supervised + router_loss) / self._accumulation
-                else:
-                    loss = loss / window_tokens
-                self._scaler.scale(loss).backward()
-                if stop():
-                    self._adamw.zero_grad()
-                    return []
+        router = RouterLoss(self.model)
+        for batch in window:
+            with router:  # not in the backward pass, which may run blocks again
+                loss = summed_loss(self.model, batch, self.stack, checkpointing=self._checkpointing)
+            losses.append(loss.detach() / batch.num_supervised)
+            router_loss = router.take()
+            if self._mean:
+                loss = (loss / batch.num_supervised + router_loss) / self._accumulation
+            else:
+                loss = loss / window_tokens
+            self._scaler.scale(loss).backward()
+            if stop():
+                self._adamw.zero_grad()
+                return []
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         *values, grad_norm = torch.stack([*losses, norm]).tolist()

@@ -16,7 +16,7 @@ from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import RouterLoss, logits_of, pack, summed_loss
+from loraserve.train.batch import RouterLoss, pack, summed_loss
 from loraserve.train.checkpoint import RunState, load_state, save_state
 from loraserve.train.data import Encoder, Sample
 from loraserve.train.step import AdapterOptimizer
@@ -54,6 +54,13 @@ def gradients(weights):
 
 def values(weights):
     return torch.cat([t.detach().flatten() for w in weights.values() for t in (w.A, w.B)])
+
+
+def logits_of(model, batch, stack):
+    """The plain form: every logit of the rows that predict, in one piece."""
+    attention = PackedAttention(batch.lengths)
+    lora = LoraBatch(stack, torch.ones(batch.num_rows, 1))
+    return model(batch.input_ids, attention.positions, attention, lora, rows=batch.rows).float()
 
 
 def optimizer(base, weights, **options):
