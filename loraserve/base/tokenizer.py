@@ -150,9 +150,11 @@ class Tokenizer:
         self.path = path
         self._backend: _Backend
         if (path / "tokenizer.json").exists():
-            self._backend = _TokenizersBackend(path / "tokenizer.json")
+            self.file = path / "tokenizer.json"
+            self._backend = _TokenizersBackend(self.file)
         elif (path / "tokenizer.model").exists():
-            self._backend = _SentencePieceBackend(path / "tokenizer.model")
+            self.file = path / "tokenizer.model"
+            self._backend = _SentencePieceBackend(self.file)
         else:
             raise CheckpointError(
                 f"no tokenizer.json or tokenizer.model in {path}; give the tokenizer's directory with --tokenizer"

@@ -111,6 +111,13 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Dialogues to validate on, instead of held out ones.",
 )
 @click.option(
+    "--on-bad-row",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="stop: name every row that cannot be used, and end. skip: train on the rest and keep them in rejected.jsonl.",
+)
+@click.option(
     "--random-system-prompt",
     type=FRACTION,
     default=0.0,
@@ -135,6 +142,8 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of this name.")
 @click.option("--from-resume", type=FLAG, default="0", help="1 is --resume.")
+@click.option("--dry-run", is_flag=True, help="Check the data and show what is in it; train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print what --dry-run finds as JSON.")
 @click.option("--use-wandb", is_flag=True, help="Log to Weights & Biases.")
 @click.option("--wandb-project", default="loraserve", show_default=True)
 @minimind_options
@@ -150,6 +159,8 @@ def command(
     drop_empty_think: float,
     resume: bool,
     from_resume: str,
+    dry_run: bool,
+    as_json: bool,
     use_wandb: bool,
     wandb_project: str,
     **settings: Any,
@@ -177,10 +188,18 @@ def command(
         **settings,
     )
     train_options.check()
-    if use_wandb:
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run", click.get_current_context())
+    if use_wandb and not dry_run:
         import_wandb()
     explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
-    base = open_base(with_minimind_base(options, minimind, train_options.save_dir, explicit_base))
+    options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
+    if dry_run:
+        from loraserve.cli.dry_run import survey
+
+        survey(options, train_options, as_json=as_json)
+        return
+    base = open_base(options)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
         raise InvalidRequest(

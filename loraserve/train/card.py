@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraserve.train.rows import Rejections
 from loraserve.train.samples import Comparison
 
 CURVE = "loss.png"
@@ -43,7 +44,12 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def write_card(
-    name: str, base_name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any], answers: Sequence[Comparison]
+    name: str,
+    base_name: str,
+    recipe: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    rejections: Rejections,
+    answers: Sequence[Comparison],
 ) -> str:
     """Return the card's Markdown, with the header the Hugging Face hub reads."""
     header = {
@@ -59,6 +65,10 @@ def write_card(
         f"A LoRA adapter for `{base_name}`, trained by `loraserve train` on {metrics['dialogues']} dialogues of "
         f"`{recipe['data']}` ({metrics['num_parameters']:,} parameters, rank {recipe['r']}).",
         "",
+        *(
+            [f"{rejections.rows:,} rows of the file were left out: {_cell(str(rejections))}.", ""]
+            * bool(rejections.rows)
+        ),
         f"![Training loss over {metrics['steps']} micro-batches]({CURVE})",
         "",
         "| result | |",

@@ -4,6 +4,7 @@ Kept in one folder per adapter name, `<adapters-dir>/.training/<name>/` or `<sav
 
     checkpoint.pt     weights, optimizer state, loss scaler, position; replaced atomically
     metrics.jsonl     the losses so far
+    tokens/           the data as token ids, see `tokens`
 
 The position is the number of micro-batches done, always at an optimizer step. Data order and every other random choice
 follow from the seed and the position (`data`), so no generator's state is kept. A lock that dies with its process keeps

@@ -3,14 +3,15 @@
 A token is supervised if it stands after `<|im_start|>assistant\\n` up to and including the next `<|im_end|>\\n`, both
 found among the token ids as MiniMind finds them; the template's think block counts as part of the answer.
 
-All randomness is a function of (seed, epoch, row): a resumed run repeats an interrupted one without saved generators.
-The order of an epoch is MiniMind's, `torch.randperm` seeded with seed + epoch.
 Source: MiniMind's SFTDataset; its random system prompt and empty-think removal are off unless asked for.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from loraserve.base.chat import ChatTemplate
 from loraserve.base.tokenizer import Tokenizer
 from loraserve.errors import InvalidRequest
-from loraserve.train.rows import DataFile, Dialogue, Problems
+from loraserve.train.dialogue import Dialogue, Message
+from loraserve.train.rows import BadRow
 
 ANSWER_START = "<|im_start|>assistant\n"
 ANSWER_END = "<|im_end|>\n"
@@ -60,25 +62,46 @@ class Augmentation:
         return self.system_prompt > 0 or self.drop_empty_think > 0
 
 
+UNCHANGED = Augmentation()
+
+
 def supervised_mask(input_ids: Sequence[int], start: Sequence[int], end: Sequence[int]) -> list[bool]:
     """Mark what follows each `start` up to and including the next `end`, or to the end of a dialogue cut before it."""
-    ids, start, end = list(input_ids), list(start), list(end)
+    ids = list(input_ids)
     mask = [False] * len(ids)
-    i = 0
-    while i < len(ids):
-        if ids[i] != start[0] or ids[i : i + len(start)] != start:
-            i += 1
-            continue
-        first = i = i + len(start)
-        while i < len(ids) and ids[i : i + len(end)] != end:
-            i += 1
-        i = min(i + len(end), len(ids))
-        mask[first:i] = [True] * (i - first)
+    after = 0
+    while (first := _end_of(list(start), ids, after)) is not None:
+        after = _end_of(list(end), ids, first) or len(ids)
+        mask[first:after] = [True] * (after - first)
     return mask
 
 
+def _end_of(pattern: list[int], ids: list[int], i: int) -> int | None:
+    """Where the first `pattern` in `ids` from `i` on ends."""
+    try:
+        while True:
+            i = ids.index(pattern[0], i)
+            if ids[i : i + len(pattern)] == pattern:
+                return i + len(pattern)
+            i += 1
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A dialogue as token ids, cut at the encoder's limit."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+    num_cut: int
+    """Tokens beyond the limit."""
+    left_out: tuple[str, ...]
+    """Fields of the row that the base's template does not show: `tools`, `reasoning_content`."""
+
+
 class Encoder:
-    """Turns dialogues into samples with a base's own tokenizer and template.
+    """Turns dialogues into token ids with a base's own tokenizer and template.
 
     Args:
         context: the most tokens the base can take.
@@ -92,36 +115,42 @@ class Encoder:
         self.limit = min(max_seq_len, context) if max_seq_len else context
         self.cuts = max_seq_len is not None
 
-    def encode_file(self, data: DataFile) -> tuple[list[Sample], int]:
-        """Encode every dialogue of a file.
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides which token ids a dialogue becomes."""
+        tokenizer = self._tokenizer
+        settings = repr((tokenizer.special_tokens, self._template.source, self.limit, self.cuts))
+        return hashlib.sha256(tokenizer.file.read_bytes() + settings.encode()).hexdigest()
 
-        Returns:
-            the samples in file order, and how many of them were cut at max_seq_len.
+    def encode(self, dialogue: Dialogue) -> Encoding:
+        """Return a dialogue as it is trained on.
 
         Raises:
-            DataError: rows the template cannot render, rows longer than the context (unless they are cut), rows in
-                which nothing is supervised; all are named.
+            BadRow: the template cannot render it, or not what it says; it is longer than the context and not cut;
+                nothing in it is supervised; a message holds the marker by which answers are found.
         """
-        problems, samples, num_cut = Problems(data.name), [], 0
-        longest = 0
-        for dialogue in data.dialogues:
-            try:
-                ids = self._tokenizer.encode(self._render(dialogue))
-            except InvalidRequest as error:
-                problems.add(dialogue.line, str(error))
-                continue
-            sample = self._sample(ids)
-            if len(ids) > self.limit and not self.cuts:
-                longest = max(longest, len(ids))
-                problems.add(dialogue.line, f"longer than the base's context of {self.context} tokens")
-            elif not sample.supervised[1:].any():
-                problems.add(dialogue.line, self._why_unsupervised(ids))
-            num_cut += len(ids) > self.limit
-            samples.append(sample)
-        problems.raise_if_any(
-            f"the longest has {longest}: shorten them, or cut them with --max-seq-len {self.context}" if longest else ""
-        )
-        return samples, num_cut
+        try:
+            text = self._render(dialogue.messages, dialogue.tools)
+            ids = self._tokenizer.encode(text)
+        except InvalidRequest as error:
+            raise BadRow(str(error)) from None
+        left_out = self._left_out(dialogue, text)
+        if "tool_calls" in left_out:
+            raise BadRow("the base's chat template leaves out 'tool_calls'; use a base whose template has tools")
+        if len(ids) > self.limit and not self.cuts:
+            raise BadRow(
+                f"longer than the base's context of {self.context} tokens; shorten it, or cut it with "
+                f"--max-seq-len {self.context}"
+            )
+        mask = supervised_mask(ids, self._start, self._end)
+        if not any(mask):
+            raise BadRow(f"nothing to supervise: the base's chat template puts no {ANSWER_START!r} before the answers")
+        answers = sum(message["role"] == "assistant" for message in dialogue.messages)
+        if sum(now and not before for before, now in pairwise([False, *mask])) > answers:
+            raise BadRow(f"the text of a message holds {ANSWER_START!r}, after which an answer would be learned")
+        if not any(mask[1 : self.limit]):
+            raise BadRow(f"nothing to supervise within the first {self.limit} tokens; raise --max-seq-len")
+        return Encoding(ids[: self.limit], mask[: self.limit], max(len(ids) - self.limit, 0), left_out)
 
     def encode_augmented(self, dialogue: Dialogue, augmentation: Augmentation, rng: random.Random) -> Sample | None:
         """Encode a dialogue with random changes; None if that leaves nothing supervised within the limit."""
@@ -129,70 +158,24 @@ class Encoder:
         add_system = rng.random() < augmentation.system_prompt
         if add_system and messages[0]["role"] != "system" and not dialogue.tools:
             messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *messages]
-        text = self._render(Dialogue(messages, dialogue.tools, dialogue.line))
+        text = self._render(messages, dialogue.tools)
         if rng.random() < augmentation.drop_empty_think:
             text = text.replace(EMPTY_THINK, "")
-        sample = self._sample(self._tokenizer.encode(text))
-        return sample if sample.supervised[1:].any() else None
+        ids = self._tokenizer.encode(text)[: self.limit]
+        supervised = torch.tensor(supervised_mask(ids, self._start, self._end), dtype=torch.bool)
+        return Sample(torch.tensor(ids, dtype=torch.int32), supervised) if supervised[1:].any() else None
 
-    def _render(self, dialogue: Dialogue) -> str:
-        return self._template.render(dialogue.messages, tools=dialogue.tools, add_generation_prompt=False)
+    def _render(self, messages: list[Message], tools: list[Any] | None) -> str:
+        return self._template.render(messages, tools=tools, add_generation_prompt=False)
 
-    def _sample(self, ids: list[int]) -> Sample:
-        ids = ids[: self.limit]
-        mask = supervised_mask(ids, self._start, self._end)
-        return Sample(torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool))
-
-    def _why_unsupervised(self, ids: list[int]) -> str:
-        if any(supervised_mask(ids, self._start, self._end)):
-            return f"nothing to supervise within the first {self.limit} tokens; raise --max-seq-len"
-        return f"nothing to supervise: the base's chat template puts no {ANSWER_START!r} before the answers"
-
-
-class Dataset:
-    """The samples of a training run, split into training and validation.
-
-    Args:
-        val_split: the fraction of rows held out, drawn by `seed`; at least one row when it is above 0.
-        val_data: rows to validate on, instead of those held out.
-    """
-
-    def __init__(
-        self,
-        data: DataFile,
-        encoder: Encoder,
-        *,
-        seed: int,
-        val_split: float = 0.0,
-        val_data: DataFile | None = None,
-        augmentation: Augmentation = Augmentation(),
-    ) -> None:
-        self._encoder, self._augmentation, self._seed = encoder, augmentation, seed
-        samples, self.num_cut = encoder.encode_file(data)
-        held_out = min(max(round(val_split * len(samples)), 1), len(samples) - 1) if val_split > 0 else 0
-        shuffled = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-        split = sorted(shuffled[held_out:]), sorted(shuffled[:held_out])
-        self._train = [samples[i] for i in split[0]]
-        self.train_dialogues = [data.dialogues[i] for i in split[0]]
-        self.val_dialogues = [data.dialogues[i] for i in split[1]]
-        self.val = [samples[i] for i in split[1]]
-        if val_data is not None:
-            self.val, num_cut = encoder.encode_file(val_data)
-            self.val_dialogues = val_data.dialogues
-            self.num_cut += num_cut
-
-    def __len__(self) -> int:
-        return len(self._train)
-
-    def order(self, epoch: int) -> list[int]:
-        """The rows of one epoch (counted from 0), in the order they are trained on."""
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self), generator=generator).tolist()
-
-    def sample(self, epoch: int, row: int) -> Sample:
-        """The training sample of `row` as it is in `epoch`."""
-        if not self._augmentation:
-            return self._train[row]
-        rng = random.Random(f"{self._seed}/{epoch}/{row}")
-        changed = self._encoder.encode_augmented(self.train_dialogues[row], self._augmentation, rng)
-        return changed or self._train[row]
+    def _left_out(self, dialogue: Dialogue, text: str) -> tuple[str, ...]:
+        """The fields of a dialogue without which the template renders the same."""
+        found = []
+        for field in ("tool_calls", "reasoning_content"):
+            if any(message.get(field) for message in dialogue.messages):
+                without = [{k: v for k, v in message.items() if k != field} for message in dialogue.messages]
+                if self._render(without, dialogue.tools) == text:
+                    found.append(field)
+        if dialogue.tools and self._render(dialogue.messages, None) == text:
+            found.append("tools")
+        return tuple(found)

@@ -1,6 +1,7 @@
 """What a training run is asked to do, and the part of it that decides which adapter comes out."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from loraserve.errors import InvalidRequest
 from loraserve.lora.spec import check_name
 from loraserve.train.data import Augmentation
+from loraserve.train.tokens import ON_BAD_ROW
 
 REDUCTIONS = ("tokens", "mean")
 
@@ -36,6 +38,8 @@ class TrainOptions:
     val_split: float = 0.0
     val_data: Path | None = None
     """Dialogues to validate on, instead of some of `data`."""
+    on_bad_row: str = "stop"
+    """`stop`: a row that cannot be used ends the run before it begins. `skip`: train on the rest."""
     augmentation: Augmentation = Augmentation()
     seed: int = 42
     log_interval: int = 10
@@ -71,6 +75,8 @@ class TrainOptions:
             raise InvalidRequest(f"max_seq_len must be at least 2, not {self.max_seq_len}", param="max_seq_len")
         if self.loss_reduction not in REDUCTIONS:
             raise InvalidRequest(f"loss_reduction is one of {', '.join(REDUCTIONS)}", param="loss_reduction")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise InvalidRequest(f"on_bad_row is one of {', '.join(ON_BAD_ROW)}", param="on_bad_row")
 
     @property
     def rank(self) -> int:
@@ -81,6 +87,10 @@ class TrainOptions:
         if self.lora_alpha is not None:
             return self.lora_alpha
         return self.rank if self.targets == "minimind" else 2 * self.rank
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Micro-batches in which an epoch takes `rows` training samples."""
+        return math.ceil(rows / self.batch_size)
 
     def recipe(self) -> dict[str, Any]:
         """The settings that, with the data and the base, decide the adapter: equal recipes give equal weights."""

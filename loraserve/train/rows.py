@@ -1,230 +1,158 @@
-"""Reads training files: one dialogue per row, in any of four formats, each row recognised by its own fields.
+"""A training file row by row: read once from front to back, and any row again by its place.
 
-    {"conversations": [{"role": ..., "content": ...}, ...]}         MiniMind
-    {"messages": [{"role": ..., "content": ...}, ...]}              OpenAI, optionally with "tools"
-    {"conversations": [{"from": "human", "value": ...}, ...]}       ShareGPT
-    {"instruction": ..., "input": ..., "output": ...}               Alpaca, optionally with "system" and "history"
-
-A file is JSON lines, or one JSON array. It is read whole and everything wrong with it is reported at once, by line.
-Knows no tokens: what a dialogue is as token ids is the business of `data`.
+A file is JSON lines, or one JSON array whose items are rows. It may be larger than memory: no more than a row of it is
+held at a time. Rows are bytes here; what they say is the business of `dialogue`.
 """
 
 import hashlib
-import json
+import mmap
+import os
+import re
+import stat
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from loraserve.errors import DataError, did_you_mean
+from loraserve.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-} | {role: role for role in ROLES}
-EXAMPLE = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_SHOWN_REASONS = 12
 MAX_SHOWN_LINES = 8
-
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One row: messages as a chat template takes them, the tools it offers, and its line (or item) in the file."""
-
-    messages: list[Message]
-    tools: list[Any] | None
-    line: int
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{},]', re.DOTALL)  # strings are matched to be passed over
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """What a training file holds: its dialogues in file order and the sha256 of its bytes."""
-
-    name: str
-    dialogues: list[Dialogue]
-    sha256: str
-
-
-class Problems:
-    """Collects what is wrong with a file, so that one error can say all of it."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.lines: dict[str, list[int]] = {}
-
-    def add(self, line: int, reason: str) -> None:
-        self.lines.setdefault(reason, []).append(line)
-
-    def raise_if_any(self, advice: str = "") -> None:
-        """Raise DataError that names every reason with its lines, if there is one."""
-        if not self.lines:
-            return
-        parts = [f"{_lines(lines)}: {reason}" for reason, lines in list(self.lines.items())[:MAX_SHOWN_REASONS]]
-        if len(self.lines) > MAX_SHOWN_REASONS:
-            parts.append(f"and {len(self.lines) - MAX_SHOWN_REASONS} more kinds of problem")
-        bad = len({line for lines in self.lines.values() for line in lines})
-        text = f"{self.file}: {bad} {'row' if bad == 1 else 'rows'} cannot be used: " + "; ".join(parts)
-        raise DataError(f"{text}{'; ' + advice if advice else ''}", param="data")
-
-
-class _UnusableError(Exception):
+class BadRow(Exception):
     """Why one row cannot be used."""
 
 
-def read_file(path: Path) -> DataFile:
-    """Read and check every row of a training file.
+@dataclass(frozen=True)
+class Row:
+    """The bytes of one row and where they are."""
 
-    Raises DataError if the file is missing, not UTF-8, empty, or has any row that is not a dialogue: broken JSON, none
-    of the four formats, an unknown role, an empty or missing answer. All bad rows are named with their line and reason.
+    line: int
+    """Counted from 1; of a JSON array the item."""
+    offset: int
+    """In bytes from the beginning of the file."""
+    raw: bytes
+
+
+class DataFile:
+    """An open training file. It stays open as long as this object lives.
+
+    Raises:
+        DataError: it is missing, cannot be read, or is no regular file.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", param="data") from None
-    problems = Problems(path.name)
-    dialogues = []
-    for line, row in _rows(raw, problems):
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
         try:
-            dialogues.append(_dialogue(row, line))
-        except _UnusableError as error:
-            problems.add(line, str(error))
-    problems.raise_if_any()
-    if not dialogues:
-        raise DataError(f"{path} is empty; write one dialogue per line, like {EXAMPLE}", param="data")
-    return DataFile(path.name, dialogues, hashlib.sha256(raw).hexdigest())
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(
+                    f"{path} is not a file; rows are read more than once, so save them to one", param="data"
+                )
+            self.num_bytes = status.st_size
+            self._state = self._stamp()
+            with open(self._descriptor, "rb", closefd=False) as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}", param="data") from None
+
+    def rows(self) -> Iterator[Row]:
+        """Every row that is not blank, in order.
+
+        Raises:
+            DataError: the file is changed meanwhile, or is a JSON array with a wrong end.
+        """
+        with open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(0)
+            is_array = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"["
+            if is_array:
+                yield from _items(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ))
+            else:
+                file.seek(0)
+                offset = 0
+                for line, raw in enumerate(file, start=1):
+                    if raw.removeprefix(BYTE_ORDER_MARK).strip():
+                        yield Row(line, offset, raw)
+                    offset += len(raw)
+        self._check()
+
+    def row(self, line: int, offset: int, length: int) -> Row:
+        """Read one row again. Raises DataError if the file has changed since it was opened."""
+        self._check()
+        return Row(line, offset, os.pread(self._descriptor, length, offset))
+
+    def _stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def _check(self) -> None:
+        if self._stamp() != self._state:
+            raise DataError(f"{self.path} was changed while it was in use; start again", param="data")
 
 
-def _rows(raw: bytes, problems: Problems) -> Iterator[tuple[int, Any]]:
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
-        rows = _parse(raw, 1, problems)
-        yield from enumerate(rows if rows is not None else [], start=1)
-        return
-    for line, text in enumerate(raw.split(b"\n"), start=1):
-        if text.strip():
-            row = _parse(text, line, problems)
-            if row is not None:
-                yield line, row
+def _items(data: mmap.mmap) -> Iterator[Row]:
+    """The items of a JSON array, cut at its outermost commas. Raises DataError if the array itself is broken."""
+    item = depth = start = 0
+    for match in _STRUCTURE.finditer(data):
+        mark = data[match.start()]
+        if mark in b"[{":
+            depth += 1
+            start = match.end() if depth == 1 else start
+        elif mark in b"]},":
+            ends_item = depth == 1
+            depth -= mark != ord(",")
+            if not ends_item:
+                continue
+            raw = data[start : match.start()]
+            if raw.strip() or item or depth:  # an array of nothing has no item
+                item += 1
+                yield Row(item, start, raw)
+            start = match.end()
+            if depth == 0:
+                break
+    if depth:
+        raise DataError(f"the JSON array does not end: a quote or bracket is missing after item {item}", param="data")
+    if data[start : start + 4096].strip():
+        raise DataError(f"the JSON array ends after item {item}, and more follows it", param="data")
 
 
-def _parse(text: bytes, line: int, problems: Problems) -> Any:
-    try:
-        row = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        problems.add(line, f"not UTF-8 (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        problems.add(line + error.lineno - 1, f"broken JSON ({error.msg} at column {error.colno})")
-    except ValueError:
-        problems.add(line, "a number of thousands of digits")
-    except RecursionError:
-        problems.add(line, "JSON nested too deeply")
-    else:
-        if row is None:
-            problems.add(line, "not a JSON object")
-        return row
-    return None
+@dataclass
+class Reason:
+    """How many rows cannot be used for one reason, and the first of their lines."""
+
+    rows: int = 0
+    lines: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.lines))
+        more = f" and {self.rows - len(self.lines):,} more" if self.rows > len(self.lines) else ""
+        return f"{'line' if self.rows == 1 else 'lines'} {shown}{more}"
 
 
-def _dialogue(row: Any, line: int) -> Dialogue:
-    if not isinstance(row, dict):
-        raise _UnusableError("not a JSON object")
-    for field in ("conversations", "messages"):
-        if row.get(field) is not None:
-            items = row[field]
-            if not isinstance(items, list) or not items:
-                raise _UnusableError(f"{field!r} is not a list of messages, or an empty one")
-            return _checked([_message(item) for item in items], row.get("tools"), line)
-    if "instruction" in row:
-        return _checked(list(_alpaca(row)), row.get("tools"), line)
-    raise _UnusableError("has neither 'conversations' nor 'messages' nor 'instruction' and 'output'")
+@dataclass
+class Rejections:
+    """What is wrong with a file, so that one message can say all of it. Takes no more room however bad the file is."""
 
+    rows: int = 0
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    others: int = 0
+    """Rows whose reasons are beyond the first twelve kinds."""
 
-def _message(item: Any) -> Message:
-    if not isinstance(item, dict):
-        raise _UnusableError("a message is not a JSON object")
-    if "role" in item:
-        role, content, known = item["role"], item.get("content"), {role: role for role in ROLES}
-    elif "from" in item:
-        role, content, known = item["from"], item.get("value"), SHAREGPT_ROLES
-    else:
-        raise _UnusableError("a message has neither 'role' nor 'from'")
-    if not isinstance(role, str) or role not in known:
-        hint = did_you_mean(str(role), known) or f"use {', '.join(known)}"
-        raise _UnusableError(f"unknown role {role!r}; {hint}")
-    message = {key: value for key, value in item.items() if key not in ("role", "content", "from", "value")}
-    message = {key: value for key, value in message.items() if value is not None}
-    message |= {"role": known[role], "content": _text(content, message)}
-    if "tool_calls" in message:
-        message["tool_calls"] = _json_list(message["tool_calls"], "tool_calls")
-    if not isinstance(message.get("reasoning_content", ""), str):
-        raise _UnusableError("'reasoning_content' of a message is not text")
-    return message
+    def add(self, line: int, why: str) -> None:
+        self.rows += 1
+        if why not in self.reasons and len(self.reasons) == MAX_SHOWN_REASONS:
+            self.others += 1
+            return
+        reason = self.reasons.setdefault(why, Reason())
+        reason.rows += 1
+        if len(reason.lines) < MAX_SHOWN_LINES:
+            reason.lines.append(line)
 
-
-def _text(content: Any, message: Message) -> str:
-    if content is None and message.get("tool_calls"):
-        return ""
-    if isinstance(content, list):  # OpenAI's content parts
-        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if len(texts) != len(content):
-            raise _UnusableError("a message has parts that are not text")
-        return "".join(texts)
-    if not isinstance(content, str):
-        raise _UnusableError("the content of a message is not text")
-    return content
-
-
-def _alpaca(row: dict[str, Any]) -> Iterator[Message]:
-    def text(field: str) -> str:
-        value = row.get(field)
-        if value is not None and not isinstance(value, str):
-            raise _UnusableError(f"{field!r} is not text")
-        return value or ""
-
-    if text("system"):
-        yield {"role": "system", "content": text("system")}
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise _UnusableError("'history' is not a list of [question, answer]")
-    for question, answer in history:
-        yield _message({"role": "user", "content": question})
-        yield _message({"role": "assistant", "content": answer})
-    yield {"role": "user", "content": "\n".join(part for part in (text("instruction"), text("input")) if part)}
-    yield {"role": "assistant", "content": text("output")}
-
-
-def _checked(messages: list[Message], tools: Any, line: int) -> Dialogue:
-    for message in messages:
-        offered = message.pop("tools", None)
-        if message["role"] == "system" and offered:
-            tools = offered
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise _UnusableError("nothing to supervise: it has no assistant message")
-    if any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
-        raise _UnusableError("an assistant message is empty")
-    return Dialogue(messages, _json_list(tools, "tools") if tools else None, line)
-
-
-def _json_list(value: Any, field: str) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise _UnusableError(f"{field!r} is not JSON") from None
-    if not isinstance(value, list):
-        raise _UnusableError(f"{field!r} is not a list")
-    return value
-
-
-def _lines(lines: list[int]) -> str:
-    shown = ", ".join(str(line) for line in lines[:MAX_SHOWN_LINES])
-    more = f" and {len(lines) - MAX_SHOWN_LINES} more" if len(lines) > MAX_SHOWN_LINES else ""
-    return f"{'line' if len(lines) == 1 else 'lines'} {shown}{more}"
+    def __str__(self) -> str:
+        parts = [f"{reason}: {why}" for why, reason in self.reasons.items()]
+        return "; ".join([*parts, *([f"and {self.others:,} more with other problems"] if self.others else [])])

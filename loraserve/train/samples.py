@@ -1,8 +1,9 @@
 """A few answers of the base and of the adapter side by side, for the card. Greedy, without a cache: they are short."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -11,8 +12,9 @@ from loraserve.base.load import Base
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.rows import Dialogue
+from loraserve.train.dialogue import Dialogue
 
+MAX_DIALOGUES = 1000
 MAX_PROMPT_TOKENS = 256
 MAX_NEW_TOKENS = 48
 MAX_SECONDS = 30.0
@@ -27,14 +29,14 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    base: Base, weights: Mapping[str, LoraWeight], dialogues: Sequence[Dialogue], count: int
+    base: Base, weights: Mapping[str, LoraWeight], dialogues: Iterable[Dialogue], count: int
 ) -> list[Comparison]:
     """Answer the first question of up to `count` different dialogues, with the base and with the adapter.
 
-    Long prompts are passed over; after 30 seconds the answers end where they are.
+    Long prompts are passed over, and a thousand dialogues looked at; after 30 seconds the answers end where they are.
     """
     prompts: dict[str, list[int]] = {}
-    for dialogue in dialogues:
+    for dialogue in islice(dialogues, MAX_DIALOGUES):
         first = next(i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
         question = dialogue.messages[first - 1]["content"] if first else ""
         if not question or question in prompts:

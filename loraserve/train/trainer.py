@@ -8,7 +8,6 @@ that was killed anywhere and resumed publishes the same weights as one that was 
 up in another order.
 """
 
-import math
 import signal
 import threading
 import time
@@ -29,15 +28,19 @@ from loraserve.registry import Record, Registry
 from loraserve.train.batch import PackedBatch, pack, summed_loss
 from loraserve.train.card import CURVE, loss_curve, write_card
 from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
-from loraserve.train.data import Dataset, Encoder
+from loraserve.train.data import Encoder
+from loraserve.train.dataset import Dataset
 from loraserve.train.initial import initial_weights
 from loraserve.train.options import TrainOptions
 from loraserve.train.report import Metrics, Progress, WandbLog
-from loraserve.train.rows import read_file
+from loraserve.train.rows import DataFile
 from loraserve.train.samples import compare
 from loraserve.train.step import AdapterOptimizer
+from loraserve.train.tokens import REJECTED, TokenFile, discard_tokens, tokenize
 
 WORK_FOLDER = ".training"
+VALIDATION = "validation"
+"""In the run's folder: the tokens of a validation file."""
 NUM_SAMPLE_ANSWERS = 3
 
 
@@ -57,7 +60,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
 
     Raises:
         InvalidRequest: an option that cannot be, or a checkpoint of another recipe to resume.
-        DataError: a file with unusable rows.
+        DataError: a file with unusable rows, unless they are skipped.
         Conflict: another process is training this name.
         TrainingFailed: the loss is not a number; nothing is published.
         TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
@@ -75,24 +78,36 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         finally:
             run.close()
         result = run.publish()
-        discard(folder)
+        for each in (folder / VALIDATION, folder):
+            discard_tokens(each)
+            discard(each)
         return result
 
 
 class _Run:
     def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
-        self.data = read_file(options.data)
+        self.data = DataFile(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
+
+        def tokenized(data: DataFile, folder: Path) -> TokenFile:
+            return tokenize(
+                data, encoder, folder, options.on_bad_row, lambda text: print(text, file=stream, flush=True)
+            )
+
+        tokens = tokenized(self.data, folder)
+        val_data = DataFile(options.val_data) if options.val_data else None
+        self.facts = tokens.facts
         self.dataset = Dataset(
             self.data,
+            tokens,
             encoder,
             seed=options.seed,
             val_split=options.val_split,
-            val_data=read_file(options.val_data) if options.val_data else None,
+            val=(val_data, tokenized(val_data, folder / VALIDATION)) if val_data else None,
             augmentation=options.augmentation,
         )
-        self.per_epoch = math.ceil(len(self.dataset) / options.batch_size)
+        self.per_epoch = options.steps_per_epoch(len(self.dataset))
         self.total = self.per_epoch * options.epochs
         targets = expand_targets(options.targets, base.shapes)
         self.config = LoraConfig(
@@ -138,15 +153,20 @@ class _Run:
 
     def _announce(self, state: RunState | None, limit: int) -> None:
         parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
-        held_out = f" and {len(self.dataset.val)} for validation" if self.dataset.val else ""
+        held_out = f" and {self.dataset.num_val} for validation" if self.dataset.num_val else ""
         self.progress.note(
             f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "
             f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
             f"{len(self.dataset)} dialogues{held_out}, "
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
         )
-        if self.dataset.num_cut:
-            self.progress.note(f"{self.dataset.num_cut} dialogues were cut at {limit} tokens")
+        if self.facts.rejections.rows:
+            rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
+            self.progress.note(f"{rejected}: {self.facts.rejections}")
+        if self.facts.truncated:
+            self.progress.note(f"{self.facts.truncated} dialogues were cut at {limit} tokens")
+        for field, rows in self.facts.left_out.items():
+            self.progress.note(f"warning: the base's chat template does not show {field!r} of {rows:,} dialogues")
         if state is not None:
             self.progress.note(f"resuming after step {state.step} of {self.total}")
         elif self.options.resume:
@@ -184,17 +204,20 @@ class _Run:
         epoch, first = divmod(self.optimizer.step, self.per_epoch)
         size, order = self.options.batch_size, self.dataset.order(epoch)
         last = min(first + self.options.accumulation_steps, self.per_epoch)
-        rows = [order[i * size : (i + 1) * size] for i in range(first, last)]
+        rows = [order[i * size : (i + 1) * size].tolist() for i in range(first, last)]
         return [pack([self.dataset.sample(epoch, row) for row in batch]) for batch in rows]
 
     @torch.no_grad()
     def _validate(self) -> None:
-        samples, size = self.dataset.val, self.options.batch_size
-        if not samples:
+        rows, size = range(self.dataset.num_val), self.options.batch_size
+        if not rows:
             return
-        batches = [pack(samples[i : i + size]) for i in range(0, len(samples), size)]
-        total = sum(float(summed_loss(self.base.model, batch, self.optimizer.stack)) for batch in batches)
-        loss = total / sum(batch.num_supervised for batch in batches)
+        total, supervised = 0.0, 0
+        for first in rows[::size]:
+            batch = pack([self.dataset.val_sample(row) for row in rows[first : first + size]])
+            total += float(summed_loss(self.base.model, batch, self.optimizer.stack))
+            supervised += batch.num_supervised
+        loss = total / supervised
         self._log({"step": self.optimizer.step, "val_loss": loss})
         self.progress.note(f"validation after step {self.optimizer.step}/{self.total}: loss {loss:.4f}")
 
@@ -220,9 +243,9 @@ class _Run:
             for target, weight in self.weights.items()
         }
         metrics = self._figures()
-        asked = self.dataset.val_dialogues or self.dataset.train_dialogues
-        answers = compare(self.base, self.weights, asked, NUM_SAMPLE_ANSWERS)
-        card = write_card(self.options.name, self.base.name, self.recipe, metrics, answers)
+        answers = compare(self.base, self.weights, self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
+        rejections = self.facts.rejections
+        card = write_card(self.options.name, self.base.name, self.recipe, metrics, rejections, answers)
         manifest = {
             "base_fingerprint": self.base.fingerprint,
             "base_name": self.base.name,
@@ -250,6 +273,7 @@ class _Run:
             "loss": round(sum(r["loss"] * r["supervised_tokens"] for r in last) / max(supervised, 1), 4),
             "val_loss": round(val_losses[-1][1], 4) if val_losses else None,
             "dialogues": len(self.dataset),
+            "rejected_rows": self.facts.rejections.rows,
             "num_parameters": sum(w.A.numel() + w.B.numel() for w in self.weights.values()),
             "steps": self.total,
             "tokens": tokens,

@@ -228,6 +228,20 @@ def test_scaling_measures_every_point_once_and_draws_it(tmp_path: Path) -> None:
     size_of(curve_picture(result["sweeps"]["batch"], result))
 
 
+def test_lines_far_apart_have_a_panel_each() -> None:
+    """On one scale from 0 the lower one would lie on the axis."""
+
+    def height(low: float) -> int:
+        lines = {
+            label: {"figure": "tokens_per_s", "points": [{"x": x, "tokens_per_s": y} for x in (1, 8)]}
+            for label, y in (("high", 1000.0), ("low", low))
+        }
+        about = {"machine": {"cores": 2, "cpu": "any"}, "dtype": "float32", "repeats": 1}
+        return size_of(curve_picture({"x": "clients", "y": "tokens/s", "r": 8, "lines": lines}, about))[1]
+
+    assert height(100.0) > height(500.0)
+
+
 def test_the_command_writes_what_it_measured(
     result: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

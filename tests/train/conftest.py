@@ -12,6 +12,10 @@ from safetensors.torch import save_file
 from loraserve.base.config import ModelConfig
 from loraserve.base.load import Base, load_base
 from loraserve.base.model import Model
+from loraserve.train.data import Encoder
+from loraserve.train.dataset import Dataset
+from loraserve.train.rows import DataFile
+from loraserve.train.tokens import tokenize
 
 CHATML = (
     "{%- for message in messages %}"
@@ -87,6 +91,13 @@ def write_base(folder: Path, *, num_experts: int = 0, context: int = 256) -> Pat
     }
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def dataset_of(path: Path, encoder: Encoder, **settings) -> Dataset:
+    """The dataset of a file without bad rows; its tokens are beside the file."""
+    data = DataFile(path)
+    tokens = tokenize(data, encoder, path.with_suffix(".run"), "stop", print)
+    return Dataset(data, tokens, encoder, **{"seed": 0} | settings)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,8 @@ from loraserve.base.attention import PackedAttention
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.train.card import write_card
-from loraserve.train.rows import read_file
+from loraserve.train.dialogue import read_dialogue
+from loraserve.train.rows import DataFile, Rejections
 from loraserve.train.samples import MAX_NEW_TOKENS, Comparison, compare
 
 
@@ -33,7 +34,7 @@ def test_answers_side_by_side_are_those_of_each_alone(base, dialogue_file):
         )
         for target, (out, inp) in base.shapes.items()
     }
-    dialogues = read_file(dialogue_file).dialogues
+    dialogues = [read_dialogue(row) for row in DataFile(dialogue_file).rows()]
     found = compare(base, weights, [dialogues[0], *dialogues], 3)
     assert [each.question for each in found] == ["who are you", "hello", "你是谁"]
     with torch.inference_mode():
@@ -48,7 +49,7 @@ def test_answers_side_by_side_are_those_of_each_alone(base, dialogue_file):
 def test_a_card_survives_tables_and_markup_in_answers():
     metrics = {"dialogues": 3, "num_parameters": 1234, "steps": 5, "loss": 0.5, "val_loss": None}
     recipe = {"data": "a.jsonl", "r": 8, "max_seq_len": None}
-    card = write_card("小明", "some/base", recipe, metrics, [Comparison("a|b", "<b>x</b>\ny", "好")])
+    card = write_card("小明", "some/base", recipe, metrics, Rejections(), [Comparison("a|b", "<b>x</b>\ny", "好")])
     assert card.startswith('---\nbase_model: "some/base"\n')
     assert "| a\\|b | &lt;b>x&lt;/b><br>y | 好 |" in card
     assert "max_seq_len" not in card and "validation loss" not in card and "1,234 parameters" in card

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,17 @@ def test_train_says_what_it_published_and_where(arguments, tmp_path):
     assert result.stdout.startswith("published 'robot' version 1 in ")
     assert "step 8/8" in result.stderr
     assert Registry(tmp_path / "adapters").names() == ["robot"]
+
+
+def test_a_validation_file_is_validated_on_and_leaves_nothing(arguments, dialogue_file, tmp_path):
+    result = run(*arguments, "--val-data", dialogue_file)
+    assert result.exit_code == 0, result.stderr
+    assert "14 dialogues and 14 for validation" in result.stderr and "validation after step 8/8" in result.stderr
+    assert not (tmp_path / "adapters" / ".training" / "robot").exists()
+    recipe = Registry(tmp_path / "adapters").get("robot").manifest.recipe
+    assert recipe["val_data"] == "robot.jsonl"
+    both = run(*arguments, "--val-data", dialogue_file, "--val-split", "0.1")
+    assert both.exit_code == 2 and "give one" in both.stderr
 
 
 def test_miniminds_command_line_runs_as_it_is(minimind_folder):
@@ -199,3 +211,36 @@ def test_eight_bit_weights_are_refused_for_training(arguments, tmp_path):
     assert result.exit_code == 2
     assert "dtype int8 is for serving; train in float32" in result.stderr
     assert not (tmp_path / "adapters").exists()
+
+
+def test_bad_rows_end_a_run_unless_they_are_skipped_and_the_card_says_which(arguments, dialogue_file, tmp_path):
+    with dialogue_file.open("a") as file:
+        file.write('{"text": "x"}\n{"messages": [\n')
+    result = run(*arguments)
+    assert result.exit_code == 1 and "2 rows cannot be used: line 15: has neither" in result.stderr
+    assert "--on-bad-row skip" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not any((tmp_path / "adapters").glob("robot*"))
+    result = run(*arguments, "--on-bad-row", "skip")
+    assert result.exit_code == 0, result.stderr
+    rejected = tmp_path / "adapters" / ".training" / "robot" / "rejected.jsonl"
+    assert f"2 rows left out, in full in {rejected}: line 15: has neither" in result.stderr
+    assert '{"messages": [' in [json.loads(line)["row"] for line in rejected.read_text().splitlines()]
+    record = Registry(tmp_path / "adapters").get("robot")
+    assert record.manifest.metrics["dialogues"] == 14 and record.manifest.metrics["rejected_rows"] == 2
+    card = (record.path / "README.md").read_text("utf-8")
+    assert "2 rows of the file were left out: line 15: has neither" in card and "line 16: broken JSON" in card
+    assert sorted(path.name for path in rejected.parent.iterdir()) == ["rejected.jsonl"]
+
+
+def test_what_the_template_does_not_show_is_told_before_training(arguments, dialogue_file):
+    row = {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yo", "reasoning_content": "hm"},
+        ]
+    }
+    with dialogue_file.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "warning: the base's chat template does not show 'reasoning_content' of 1 dialogues" in result.stderr

@@ -21,10 +21,11 @@ from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.batch import pack, summed_loss
 from loraserve.train.checkpoint import exclusive
-from loraserve.train.data import Augmentation, Dataset, Encoder
+from loraserve.train.data import Augmentation, Encoder
 from loraserve.train.options import TrainOptions
-from loraserve.train.rows import read_file
+from loraserve.train.rows import DataFile
 from loraserve.train.trainer import train
+from tests.train.conftest import dataset_of
 
 
 class SignalAt(io.StringIO):
@@ -66,7 +67,7 @@ def replace(options, **changes):
 
 
 def mean_loss(base, weights, data):
-    dataset = Dataset(read_file(data), Encoder(base.tokenizer, base.template, 256, None), seed=0)
+    dataset = dataset_of(data, Encoder(base.tokenizer, base.template, 256, None))
     batch = pack([dataset.sample(0, row) for row in range(len(dataset))])
     stack = AdapterStack([weights]) if weights else None
     return summed_loss(base.model, batch, stack).item() / batch.num_supervised
@@ -85,7 +86,7 @@ def test_a_published_adapter_is_the_trained_one_with_card_curve_and_manifest(bas
     assert manifest.base_fingerprint == base.fingerprint and manifest.base_name == base.name
     assert manifest.recipe["learning_rate"] == 1e-2 and manifest.recipe["data"] == "robot.jsonl"
     assert manifest.metrics["steps"] == 9 and manifest.metrics["dialogues"] == 12
-    assert manifest.data_sha256 == read_file(options.data).sha256
+    assert manifest.data_sha256 == DataFile(options.data).sha256
     assert (record.path / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (record.path / "README.md").read_text("utf-8")
     assert "![Training loss over 9 micro-batches](loss.png)" in card and "| learning_rate | 0.01 |" in card

@@ -1,0 +1,94 @@
+"""The samples of a run: which are held out, in which order an epoch takes them, and MiniMind's random changes of them.
+
+All randomness is a function of (seed, epoch, row): a resumed run repeats an interrupted one without saved generators.
+The order of an epoch is MiniMind's, `torch.randperm` seeded with seed + epoch. Memory holds 8 bytes per row and order,
+and no row.
+"""
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loraserve.train.data import UNCHANGED, Augmentation, Encoder, Sample
+from loraserve.train.dialogue import Dialogue, read_dialogue
+from loraserve.train.rows import DataFile
+from loraserve.train.tokens import TokenFile
+
+
+def num_held_out(rows: int, val_split: float) -> int:
+    """How many of `rows` are for validation; at least one when `val_split` is above 0, and never all."""
+    return min(max(round(val_split * rows), 1), rows - 1) if val_split > 0 else 0
+
+
+class Dataset:
+    """The samples of a training run, split into training and validation.
+
+    Args:
+        data: where the rows of `tokens` are from; read again for random changes.
+        val_split: the fraction of rows held out, drawn by `seed`.
+        val: a file to validate on instead, and its tokens.
+    """
+
+    def __init__(
+        self,
+        data: DataFile,
+        tokens: TokenFile,
+        encoder: Encoder,
+        *,
+        seed: int,
+        val_split: float = 0.0,
+        val: tuple[DataFile, TokenFile] | None = None,
+        augmentation: Augmentation = UNCHANGED,
+    ) -> None:
+        self._data, self._tokens, self._encoder = data, tokens, encoder
+        self._augmentation, self._seed = augmentation, seed
+        held_out = num_held_out(len(tokens), val_split)
+        shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        self._train, self._val = shuffled[held_out:].sort().values, shuffled[:held_out].sort().values
+        self._val_data, self._val_tokens = data, tokens
+        if val is not None:
+            self._val_data, self._val_tokens = val
+            self._val = torch.arange(len(self._val_tokens))
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    @property
+    def num_val(self) -> int:
+        return len(self._val)
+
+    def order(self, epoch: int) -> Tensor:
+        """The rows (N,) of one epoch (counted from 0), in the order they are trained on."""
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = epoch, torch.randperm(len(self), generator=generator)
+        return self._order[1]
+
+    def sample(self, epoch: int, row: int) -> Sample:
+        """The training sample of `row` as it is in `epoch`."""
+        place = int(self._train[row])
+        if self._augmentation:
+            rng = random.Random(f"{self._seed}/{epoch}/{row}")
+            changed = self._encoder.encode_augmented(
+                _dialogue(self._data, self._tokens, place), self._augmentation, rng
+            )
+            if changed is not None:
+                return changed
+        return self._tokens.sample(place)
+
+    def val_sample(self, row: int) -> Sample:
+        return self._val_tokens.sample(int(self._val[row]))
+
+    def dialogues(self) -> Iterator[Dialogue]:
+        """The dialogues for validation, or those trained on if there are none."""
+        if len(self._val):
+            yield from (_dialogue(self._val_data, self._val_tokens, int(place)) for place in self._val)
+        else:
+            yield from (_dialogue(self._data, self._tokens, int(place)) for place in self._train)
+
+
+def _dialogue(data: DataFile, tokens: TokenFile, place: int) -> Dialogue:
+    return read_dialogue(data.row(*tokens.place(place)))
