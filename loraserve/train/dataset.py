@@ -28,7 +28,7 @@ class Dataset:
     Args:
         data: where the rows of `tokens` are from; read again for random changes.
         val_split: the fraction of rows held out, drawn by `seed`.
-        val: a file to validate on instead, and its tokens.
+        validation: a file of its own to validate on, and its tokens; then no row is held out.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Dataset:
         *,
         seed: int,
         val_split: float = 0.0,
-        val: tuple[DataFile, TokenFile] | None = None,
+        validation: tuple[DataFile, TokenFile] | None = None,
         augmentation: Augmentation = UNCHANGED,
     ) -> None:
         self._data, self._tokens, self._encoder = data, tokens, encoder
@@ -47,9 +47,8 @@ class Dataset:
         held_out = num_held_out(len(tokens), val_split)
         shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
         self._train, self._val = shuffled[held_out:].sort().values, shuffled[:held_out].sort().values
-        self._val_data, self._val_tokens = data, tokens
-        if val is not None:
-            self._val_data, self._val_tokens = val
+        self._val_data, self._val_tokens = validation or (data, tokens)
+        if validation is not None:
             self._val = torch.arange(len(self._val_tokens))
         self._order: tuple[int, Tensor] | None = None
 
@@ -72,9 +71,7 @@ class Dataset:
         place = int(self._train[row])
         if self._augmentation:
             rng = random.Random(f"{self._seed}/{epoch}/{row}")
-            changed = self._encoder.encode_augmented(
-                _dialogue(self._data, self._tokens, place), self._augmentation, rng
-            )
+            changed = self._encoder.encode_augmented(self._dialogue(place), self._augmentation, rng)
             if changed is not None:
                 return changed
         return self._tokens.sample(place)
@@ -83,12 +80,11 @@ class Dataset:
         return self._val_tokens.sample(int(self._val[row]))
 
     def dialogues(self) -> Iterator[Dialogue]:
-        """The dialogues for validation, or those trained on if there are none."""
-        if len(self._val):
-            yield from (_dialogue(self._val_data, self._val_tokens, int(place)) for place in self._val)
-        else:
-            yield from (_dialogue(self._data, self._tokens, int(place)) for place in self._train)
+        """The dialogues validated on, or those trained on if there are none."""
+        for place in self._val:
+            yield read_dialogue(self._val_data.row(*self._val_tokens.place(int(place))))
+        for place in self._train if not len(self._val) else ():
+            yield self._dialogue(int(place))
 
-
-def _dialogue(data: DataFile, tokens: TokenFile, place: int) -> Dialogue:
-    return read_dialogue(data.row(*tokens.place(place)))
+    def _dialogue(self, place: int) -> Dialogue:
+        return read_dialogue(self._data.row(*self._tokens.place(place)))

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -40,7 +40,7 @@ from loraserve.train.tokens import REJECTED, TokenFile, discard_tokens, tokenize
 
 WORK_FOLDER = ".training"
 VALIDATION = "validation"
-"""In the run's folder: the tokens of a validation file."""
+"""Where the tokens of a validation file are, in the run's folder."""
 NUM_SAMPLE_ANSWERS = 3
 
 
@@ -78,9 +78,11 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         finally:
             run.close()
         result = run.publish()
-        for each in (folder / VALIDATION, folder):
-            discard_tokens(each)
-            discard(each)
+        discard_tokens(folder)
+        discard_tokens(folder / VALIDATION)
+        with suppress(OSError):  # missing, or rejected rows are in it
+            (folder / VALIDATION).rmdir()
+        discard(folder)
         return result
 
 
@@ -89,14 +91,11 @@ class _Run:
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
         self.data = DataFile(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
-
-        def tokenized(data: DataFile, folder: Path) -> TokenFile:
-            return tokenize(
-                data, encoder, folder, options.on_bad_row, lambda text: print(text, file=stream, flush=True)
-            )
-
-        tokens = tokenized(self.data, folder)
-        val_data = DataFile(options.val_data) if options.val_data else None
+        tokens = self._tokenize(self.data, encoder, folder, stream)
+        validation = None
+        if options.val_data is not None:
+            val_data = DataFile(options.val_data)
+            validation = val_data, self._tokenize(val_data, encoder, folder / VALIDATION, stream)
         self.facts = tokens.facts
         self.dataset = Dataset(
             self.data,
@@ -104,7 +103,7 @@ class _Run:
             encoder,
             seed=options.seed,
             val_split=options.val_split,
-            val=(val_data, tokenized(val_data, folder / VALIDATION)) if val_data else None,
+            validation=validation,
             augmentation=options.augmentation,
         )
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
@@ -135,6 +134,8 @@ class _Run:
         )
         self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
         self.identity = self.recipe | {"data_sha256": self.data.sha256, "base_fingerprint": base.fingerprint}
+        if validation is not None:
+            self.identity |= {"val_data_sha256": validation[0].sha256}
         state = load_state(folder, self.identity) if options.resume else None
         self.seconds, wandb_id = 0.0, None
         if state is not None:
@@ -150,6 +151,11 @@ class _Run:
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
         )
         self._announce(state, encoder.limit)
+
+    def _tokenize(self, data: DataFile, encoder: Encoder, folder: Path, stream: TextIO) -> TokenFile:
+        return tokenize(
+            data, encoder, folder, self.options.on_bad_row, lambda text: print(text, file=stream, flush=True)
+        )
 
     def _announce(self, state: RunState | None, limit: int) -> None:
         parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
