@@ -11,23 +11,6 @@ from pathlib import Path
 from loraserve.errors import DataError
 from loraserve.train.dialogue import EXAMPLE, read_dialogue
 from loraserve.train.rows import BadRow, DataFile, Rejections
-from loraserve.train.tokens import refusal
-
-
-def check(path: Path) -> int:
-    """Return the number of dialogues in a file. Raises DataError if a row cannot be used, or there is none."""
-    data, rejections, accepted = DataFile(path), Rejections(), 0
-    for row in data.rows():
-        try:
-            read_dialogue(row)
-            accepted += 1
-        except BadRow as why:
-            rejections.add(row.line, str(why))
-    if not accepted + rejections.rows:
-        raise DataError(f"{path} is empty; write one dialogue per line, like {EXAMPLE}", param="data")
-    if error := refusal(data.name, rejections, accepted, "stop"):
-        raise error
-    return accepted
 
 
 def main(files: Sequence[str]) -> int:
@@ -39,6 +22,23 @@ def main(files: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             failed = True
     return int(failed)
+
+
+def check(path: Path) -> int:
+    """Count the dialogues of a file. Raises DataError if there are none, or a row is none; it names every such row."""
+    data, rejections, count = DataFile(path), Rejections(), 0
+    for row in data.rows():
+        count += 1
+        try:
+            read_dialogue(row)
+        except BadRow as error:
+            rejections.add(row.line, str(error))
+    if not count:
+        raise DataError(f"{data.name} is empty; write one dialogue per line, like {EXAMPLE}")
+    if rejections.rows:
+        rows = f"{rejections.rows:,} {'row' if rejections.rows == 1 else 'rows'}"
+        raise DataError(f"{data.name}: {rows} cannot be used: {rejections}")
+    return count
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,3 +255,9 @@ def test_a_missing_file_and_one_that_cannot_be_read_twice_are_data_errors(tmp_pa
         DataFile(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="is not a file; rows are read more than once, so save them to one"):
         DataFile(tmp_path)
+
+
+def test_the_check_of_rows_loads_no_model_library():
+    """Its process is to be small: it may stand beside a server."""
+    code = "import loraserve.train.check, sys; print({'torch', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

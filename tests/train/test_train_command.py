@@ -52,6 +52,17 @@ def test_train_says_what_it_published_and_where(arguments, tmp_path):
     assert Registry(tmp_path / "adapters").names() == ["robot"]
 
 
+def test_a_validation_file_is_validated_on_and_leaves_nothing(arguments, dialogue_file, tmp_path):
+    result = run(*arguments, "--val-data", dialogue_file)
+    assert result.exit_code == 0, result.stderr
+    assert "14 dialogues and 14 for validation" in result.stderr and "validation after step 8/8" in result.stderr
+    assert not (tmp_path / "adapters" / ".training" / "robot").exists()
+    recipe = Registry(tmp_path / "adapters").get("robot").manifest.recipe
+    assert recipe["val_data"] == "robot.jsonl"
+    both = run(*arguments, "--val-data", dialogue_file, "--val-split", "0.1")
+    assert both.exit_code == 2 and "give one" in both.stderr
+
+
 def test_miniminds_command_line_runs_as_it_is(minimind_folder):
     line = (
         LINE.replace("2048", "64").replace("cuda:6", "cpu").replace("layers 20", "layers 3").replace("--use_wandb ", "")
