@@ -1,4 +1,5 @@
-"""One step's matrix products by the C kernels, in bfloat16 and int8, beside oneDNN's over weights laid out once.
+"""One step's matrix products by the C kernels, in three widths, beside torch's: float32, and where the processor has
+bfloat16 oneDNN's over weights laid out once.
 
     python benchmarks/products.py
 
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loraserve.base.linear import PACKED_ROWS
@@ -34,22 +36,28 @@ def main() -> None:
         (hidden, width),
     ]
     shapes = layer * config.num_hidden_layers + [(config.vocab_size, hidden)]
-    weights = [torch.randn(shape).bfloat16() for shape in shapes]
-    onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS) for weight in weights]
+    weights = [torch.randn(shape) for shape in shapes]
+    halves = [weight.bfloat16() for weight in weights]
     products: dict[str, list[Callable[[Tensor], Tensor]]] = {
-        "onednn": [partial(_onednn, weight) for weight in onednn],
-        "bfloat16": [PackedWeight(weight).multiply for weight in weights],
-        "int8": [PackedWeight(weight, int8=True).multiply for weight in weights],
+        "torch's float32": [partial(F.linear, weight=weight) for weight in weights],
+        "float32": [PackedWeight(weight).multiply for weight in weights],
+        "bfloat16": [PackedWeight(weight).multiply for weight in halves],
+        "int8": [PackedWeight(weight, int8=True).multiply for weight in halves],
     }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS) for weight in halves]
+        products["oneDNN's bfloat16"] = [partial(_onednn, weight) for weight in onednn]
     result = {}
     with torch.inference_mode():
         for rows in ROWS:
-            inputs = [torch.randn(rows, shape[1]).bfloat16() for shape in shapes]
+            inputs = [torch.randn(rows, shape[1]) for shape in shapes]
+            half_inputs = [x.bfloat16() for x in inputs]
             times = dict.fromkeys(products, float("inf"))
             for _ in range(ROUNDS):
                 for name, multiply in products.items():
+                    given = inputs if "float32" in name else half_inputs
                     start = time.perf_counter()
-                    for product, x in zip(multiply, inputs, strict=True):
+                    for product, x in zip(multiply, given, strict=True):
                         product(x)
                     times[name] = min(times[name], 1e3 * (time.perf_counter() - start))
             result[rows] = {name: round(ms, 2) for name, ms in times.items()}

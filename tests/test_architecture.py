@@ -10,7 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "loraserve"
-LAYERS = ["errors", "kernels", "lora", "base", "registry", "engine", "train", "server", "cluster", "bench", "cli"]
+LAYERS = [
+    "errors",
+    "kernels",
+    "lora",
+    "base",
+    "registry",
+    "engine",
+    "train",
+    "jobs",
+    "server",
+    "cluster",
+    "bench",
+    "cli",
+]
 """Imports point left only."""
 ONLY_IN = {"flask": "server", "werkzeug": "server", "waitress": "server", "prometheus_client": "server", "click": "cli"}
 MAX_LINES = 320

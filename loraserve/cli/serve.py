@@ -1,5 +1,6 @@
 """`loraserve serve`: the HTTP server with the chat page."""
 
+import contextlib
 import os
 import re
 import sys
@@ -93,6 +94,19 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     is_flag=True,
     help="Make a request's tokens independent of what else is in the batch, bit for bit.",
 )
+@click.option(
+    "--training/--no-training",
+    default=None,
+    help="Let clients train adapters.  [default: if only this machine can reach --host]",
+)
+@click.option(
+    "--max-file-size",
+    callback=_size,
+    default="100M",
+    show_default=True,
+    metavar="SIZE",
+    help="The largest training file that clients may upload.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Open the chat page in the browser.")
 def command(
     options: BaseOptions,
@@ -109,6 +123,8 @@ def command(
     speculate: int,
     deterministic: bool,
     merge_memory: int,
+    training: bool | None,
+    max_file_size: int,
     open_page: bool,
 ) -> None:
     """Serve the base with all adapters: OpenAI's API and a chat page.
@@ -127,17 +143,36 @@ def command(
         "deterministic": deterministic,
         "merge_memory": merge_memory,
     }
-    with open_service(options, allow_base_mismatch=allow_base_mismatch, **limits) as service:
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(open_service(options, allow_base_mismatch=allow_base_mismatch, **limits))
+        from loraserve.jobs import JobQueue
         from loraserve.server import Server, create_app
 
-        server = Server(create_app(service, default_adapter=default_adapter), host, port)
+        queue = None
+        if training or (training is None and host in LOOPBACK):
+            queue = stack.enter_context(JobQueue(service.registry, _base_options(options)))
+        app = create_app(service, default_adapter=default_adapter, queue=queue, max_file_bytes=max_file_size)
+        server = Server(app, host, port)
         adapters = _describe(service.registry)
         click.echo(f"serving {service.base.name} with {adapters} at {server.url} (Ctrl-C stops)")
         if host not in LOOPBACK:
-            click.echo("warning: no keys are asked for, so whoever can reach this address can use it", err=True)
+            what = "use it" if queue is None else "use it and train on it"
+            click.echo(f"warning: no keys are asked for, so whoever can reach this address can {what}", err=True)
         if open_page and _has_desktop():
             click.launch(server.url)
         server.run_until_signal()
+
+
+def _base_options(options: BaseOptions) -> list[str]:
+    """The options by which `loraserve train` gets the same base; 8-bit weights are for serving only."""
+    given = {
+        "base": options.base,
+        "device": options.device,
+        "dtype": "auto" if options.dtype == "int8" else options.dtype,
+        "tokenizer": options.tokenizer,
+        "num-attention-heads": options.num_attention_heads,
+    }
+    return [f"--{option}={value}" for option, value in given.items() if value is not None]
 
 
 def _has_desktop() -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +118,12 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="better: nothing that is worse than the base on validation. always: whatever comes out.",
 )
 @click.option(
+    "--val-data",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Dialogues to validate on, instead of held out ones.",
+)
+@click.option(
     "--on-bad-row",
     type=click.Choice(["stop", "skip"]),
     default="stop",
@@ -178,6 +183,7 @@ def command(
     MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
     stopped or killed goes on with --resume and ends with the same adapter.
     """
+    from loraserve.lora.config import parse_targets
     from loraserve.train.data import Augmentation
     from loraserve.train.options import TrainOptions
     from loraserve.train.report import import_wandb
@@ -195,17 +201,17 @@ def command(
         **settings,
     )
     train_options.check()
-    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
-    options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run", click.get_current_context())
+    if use_wandb and not dry_run:
+        import_wandb()
+    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
+    options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if dry_run:
         from loraserve.cli.dry_run import survey
 
         survey(options, train_options, as_json=as_json)
         return
-    if use_wandb:
-        import_wandb()
     base = open_base(options)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
@@ -215,15 +221,6 @@ def command(
         )
     record = train(base, open_registry(options, base), train_options, sys.stderr).record
     click.echo(f"published {record.name!r} version {record.version} in {record.path}")
-
-
-def parse_targets(text: str) -> str | list[str]:
-    """A preset or a regex as it is; module names separated by commas as a list."""
-    from loraserve.lora.config import PRESETS
-
-    if text in PRESETS or not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
-        return text
-    return text.split(",")
 
 
 def with_minimind_base(

@@ -165,6 +165,13 @@ class LoraConfig:
         return [(Pattern(rf"(.*\.)?({key})$"), value) for key, value in self.alpha_pattern.items()]
 
 
+def parse_targets(text: str) -> str | list[str]:
+    """Read a selection written as one text: a preset or a regex as it is, module names between commas as a list."""
+    if text in PRESETS or not re.fullmatch(r"[\w.]+(,[\w.]+)*", text):
+        return text
+    return text.split(",")
+
+
 def expand_targets(selection: str | Sequence[str], shapes: "Shapes") -> list[str]:
     """The module paths of a base that `selection` names.
 

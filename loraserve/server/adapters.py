@@ -9,15 +9,15 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, current_app, jsonify, request
 from werkzeug.datastructures import FileStorage
-from werkzeug.exceptions import Forbidden, UnsupportedMediaType
+from werkzeug.exceptions import UnsupportedMediaType
 
 from loraserve.errors import AdapterNotFound, AdapterRefused, Conflict, InvalidRequest, LoraserveError
 from loraserve.lora.spec import check_name
 from loraserve.registry import Record
+from loraserve.server.origin import same_origin
 from loraserve.server.paging import cut, envelope, limit_of
 from loraserve.server.schema import LoadAdapter, PatchAdapter, UnloadAdapter, parse
 from loraserve.server.state import State, current
@@ -60,7 +60,7 @@ def pin_adapter(name: str) -> Response:
 @routes.post("/v1/adapters")
 def upload_adapter() -> tuple[Response, int]:
     state = current()
-    _same_origin()
+    same_origin()
     request.max_content_length = current_app.config[UPLOAD_LIMIT]
     if request.mimetype != "multipart/form-data":
         raise UnsupportedMediaType(
@@ -95,7 +95,7 @@ def remove_adapter(name: str) -> Response:
 def merge_adapter(name: str) -> Response:
     """Let an adapter answer from merged layers of its own; answers when they are in use."""
     state = current()
-    _same_origin()
+    same_origin()
     _find(state, name)
     merged = state.service.merge(name)
     _still_in_service(state, name)
@@ -105,7 +105,7 @@ def merge_adapter(name: str) -> Response:
 @routes.post("/v1/adapters/<path:name>/unmerge")
 def unmerge_adapter(name: str) -> Response:
     state = current()
-    _same_origin()
+    same_origin()
     _find(state, name)
     state.service.unmerge(name)
     return jsonify(_entry(state, name))
@@ -191,13 +191,6 @@ def _role(file: FileStorage, files: dict[str, FileStorage]) -> str:
     if part in files:
         raise InvalidRequest(f"two files for {part}: an upload is one adapter", param="file")
     return part
-
-
-def _same_origin() -> None:
-    """Refuse what another site's page sends without asking: browsers ask no leave for a form, unlike for JSON."""
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
-        raise Forbidden(f"pages of {origin} are not allowed to do this")
 
 
 def _entry(state: State, name: str) -> dict[str, Any]:

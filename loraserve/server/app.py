@@ -5,13 +5,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from loraserve.engine.service import Service
 from loraserve.errors import NotReady
+from loraserve.jobs import JobQueue
 from loraserve.lora.spec import parse_spec
-from loraserve.server import adapters, completions, models, problems
+from loraserve.server import adapters, completions, files, fine_tuning, models, problems
 from loraserve.server.metrics import Metrics
 from loraserve.server.state import EXTENSION, State, current
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_UPLOAD_BYTES = 512 * 2**20
+MAX_FILE_BYTES = 100 * 2**20
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
@@ -20,8 +22,10 @@ def create_app(
     *,
     default_adapter: str | None = None,
     served_name: str | None = None,
+    queue: JobQueue | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Flask:
     """Build the WSGI app.
 
@@ -29,8 +33,10 @@ def create_app(
         service: the engine; its thread may still be starting, `/ready` tells.
         default_adapter: the SPEC that answers a request which names neither a model nor an adapter.
         served_name: the base's name in the API; by default its own.
+        queue: trains what clients ask for; without one they may not.
         max_body_bytes: the largest JSON body.
         max_upload_bytes: the largest adapter upload.
+        max_file_bytes: the largest training file.
 
     Raises:
         InvalidRequest, AdapterNotFound: `default_adapter` is no SPEC, or names an adapter that is not there.
@@ -41,14 +47,15 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
     app.config["MAX_FORM_PARTS"] = 16
     app.config[adapters.UPLOAD_LIMIT] = max_upload_bytes
+    app.config[files.FILE_LIMIT] = max_file_bytes
     metrics = Metrics(service.stats)
     default = parse_spec(default_adapter, param="default_adapter")
     for term in default:
         service.registry.get(term.name)
-    app.extensions[EXTENSION] = State(service, served_name or service.base.name, default, metrics)
+    app.extensions[EXTENSION] = State(service, served_name or service.base.name, default, metrics, queue)
     problems.install(app)
     metrics.install(app)
-    for module in (completions, models, adapters):
+    for module in (completions, models, adapters, files, fine_tuning):
         app.register_blueprint(module.routes)
 
     @app.get("/health")

@@ -6,29 +6,36 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flask import current_app
+from werkzeug.exceptions import Forbidden
 
 from loraserve.base.load import Base
 from loraserve.engine.service import Service
 from loraserve.errors import AdapterNotFound, ModelNotFound, NotFound
+from loraserve.jobs import JobQueue
 from loraserve.lora.spec import Spec
 from loraserve.registry import Registry
 from loraserve.server.metrics import Metrics
 from loraserve.server.selection import Selection, select
 
 EXTENSION = "loraserve"
+MAX_WATCHERS = 8
+"""Streams of a job's events at once: each holds a thread."""
 
 
 @dataclass
 class State:
     """The shared state of an app.
 
-    `unloaded` are adapters that `/v1/unload_lora_adapter` took out of service; their files stay in the registry.
+    `queue` is None on a server that does not train. `unloaded` are adapters that `/v1/unload_lora_adapter` took out of
+    service; their files stay in the registry.
     """
 
     service: Service
     base_name: str
     default: Spec
     metrics: Metrics
+    queue: JobQueue | None = None
+    watchers: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(MAX_WATCHERS))
     closing: threading.Event = field(default_factory=threading.Event)
     unloaded: set[str] = field(default_factory=set)
     started: int = field(default_factory=lambda: int(time.time()))
@@ -40,6 +47,12 @@ class State:
     @property
     def registry(self) -> Registry:
         return self.service.registry
+
+    def training(self) -> JobQueue:
+        """The queue of training jobs. Raises Forbidden where this server does not train."""
+        if self.queue is None:
+            raise Forbidden("this server does not train; `loraserve serve --training` lets its clients do so")
+        return self.queue
 
     def names(self, after: str = "", query: str = "") -> Iterator[str]:
         """The adapters in service, in order; see `Registry.iterate`."""

@@ -75,7 +75,7 @@ class Server:
             connection_limit=MAX_CONNECTIONS,
             backlog=1024,
             asyncore_use_poll=True,
-            max_request_body_size=app.config["MAX_UPLOAD_BYTES"] + 2**20,
+            max_request_body_size=max(app.config["MAX_UPLOAD_BYTES"], app.config["MAX_FILE_BYTES"]) + 2**20,
             clear_untrusted_proxy_headers=True,
             ident="loraserve",
         )

@@ -28,6 +28,7 @@ class Dataset:
     Args:
         data: where the rows of `tokens` are from; read again for random changes.
         val_split: the fraction of rows held out, drawn by `seed`.
+        validation: a file of its own to validate on, and its tokens; then no row is held out.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Dataset:
         *,
         seed: int,
         val_split: float = 0.0,
+        validation: tuple[DataFile, TokenFile] | None = None,
         augmentation: Augmentation = UNCHANGED,
     ) -> None:
         self._data, self._tokens, self._encoder = data, tokens, encoder
@@ -45,6 +47,9 @@ class Dataset:
         held_out = num_held_out(len(tokens), val_split)
         shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
         self._train, self._val = shuffled[held_out:].sort().values, shuffled[:held_out].sort().values
+        self._val_data, self._val_tokens = validation or (data, tokens)
+        if validation is not None:
+            self._val = torch.arange(len(self._val_tokens))
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -72,11 +77,13 @@ class Dataset:
         return self._tokens.sample(place)
 
     def val_sample(self, row: int) -> Sample:
-        return self._tokens.sample(int(self._val[row]))
+        return self._val_tokens.sample(int(self._val[row]))
 
     def dialogues(self) -> Iterator[Dialogue]:
-        """The dialogues held out, or those trained on if none are."""
-        for place in self._val if len(self._val) else self._train:
+        """The dialogues validated on, or those trained on if there are none."""
+        for place in self._val:
+            yield read_dialogue(self._val_data.row(*self._val_tokens.place(int(place))))
+        for place in self._train if not len(self._val) else ():
             yield self._dialogue(int(place))
 
     def _dialogue(self, place: int) -> Dialogue:

@@ -41,6 +41,8 @@ class TrainOptions:
     """Epochs without a lower validation loss after which the run ends; None goes on to the last."""
     publish: str = "better"
     """`better`: not unless validation loss, where there is any, is below the base's. `always`: whatever it is."""
+    val_data: Path | None = None
+    """Dialogues to validate on, instead of some of `data`."""
     on_bad_row: str = "stop"
     """`stop`: a row that cannot be used ends the run before it begins. `skip`: train on the rest."""
     augmentation: Augmentation = Augmentation()
@@ -68,6 +70,8 @@ class TrainOptions:
         ):
             if not 0 <= value <= 1 or (field == "val_split" and value == 1):
                 raise InvalidRequest(f"{field} must be between 0 and 1, not {value}", param=field)
+        if self.val_data is not None and self.val_split > 0:
+            raise InvalidRequest("val_data and val_split both say what to validate on; give one", param="val_data")
         if self.r is not None and self.r < 1:
             raise InvalidRequest(f"the rank must be at least 1, not {self.r}", param="r")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
@@ -78,7 +82,7 @@ class TrainOptions:
             raise InvalidRequest(f"loss_reduction is one of {', '.join(REDUCTIONS)}", param="loss_reduction")
         if self.patience is not None and self.patience < 1:
             raise InvalidRequest(f"patience must be at least 1, not {self.patience}", param="patience")
-        if self.patience is not None and not self.val_split:
+        if self.patience is not None and not (self.val_split or self.val_data):
             raise InvalidRequest("patience needs validation dialogues: --val-split 0.1", param="patience")
         if self.publish not in PUBLISH:
             raise InvalidRequest(f"publish is one of {', '.join(PUBLISH)}", param="publish")
@@ -104,4 +108,5 @@ class TrainOptions:
         fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
         chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "patience", "seed")}
         lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
-        return {"data": self.data.name, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
+        files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
+        return {**files, **lora, **chosen, **dataclasses.asdict(self.augmentation)}

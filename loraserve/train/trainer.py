@@ -9,6 +9,7 @@ up in another order.
 """
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,10 +37,12 @@ from loraserve.train.samples import Comparison, compare
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import AdapterOptimizer
 from loraserve.train.summary import show_summary
-from loraserve.train.tokens import REJECTED, discard_tokens, tokenize
+from loraserve.train.tokens import REJECTED, TokenFile, discard_tokens, tokenize
 from loraserve.train.verdict import warnings_of
 
 WORK_FOLDER = ".training"
+VALIDATION = "validation"
+"""Where the tokens of a validation file are, in the run's folder."""
 NUM_SAMPLE_ANSWERS = 3
 
 
@@ -79,6 +82,9 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
             run.close()
         result = run.publish()
         discard_tokens(folder)
+        discard_tokens(folder / VALIDATION)
+        with suppress(OSError):  # missing, or rejected rows are in it
+            (folder / VALIDATION).rmdir()
         discard(folder)
         return result
 
@@ -89,9 +95,11 @@ class _Run:
         self.stream = stream
         self.data = DataFile(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
-        tokens = tokenize(
-            self.data, encoder, folder, options.on_bad_row, lambda text: print(text, file=stream, flush=True)
-        )
+        tokens = self._tokenize(self.data, encoder, folder, stream)
+        validation = None
+        if options.val_data is not None:
+            val_data = DataFile(options.val_data)
+            validation = val_data, self._tokenize(val_data, encoder, folder / VALIDATION, stream)
         self.facts = tokens.facts
         self.dataset = Dataset(
             self.data,
@@ -99,6 +107,7 @@ class _Run:
             encoder,
             seed=options.seed,
             val_split=options.val_split,
+            validation=validation,
             augmentation=options.augmentation,
         )
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
@@ -130,6 +139,8 @@ class _Run:
         self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
         self.identity = self.recipe | {"data_sha256": self.data.sha256, "base_fingerprint": base.fingerprint}
+        if validation is not None:
+            self.identity |= {"val_data_sha256": validation[0].sha256}
         state = load_state(folder, self.identity) if options.resume else None
         self.seconds, wandb_id = 0.0, None
         if state is not None:
@@ -146,6 +157,11 @@ class _Run:
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
         )
         self._announce(state, encoder.limit)
+
+    def _tokenize(self, data: DataFile, encoder: Encoder, folder: Path, stream: TextIO) -> TokenFile:
+        return tokenize(
+            data, encoder, folder, self.options.on_bad_row, lambda text: print(text, file=stream, flush=True)
+        )
 
     def _announce(self, state: RunState | None, limit: int) -> None:
         parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())

@@ -11,6 +11,7 @@ from loraserve.base.load import load_base
 from loraserve.engine.service import Service
 from loraserve.registry import Registry
 from loraserve.server import create_app
+from loraserve.server.job_schema import CreateJob, Hyperparameters
 from loraserve.server.problems import STATUS
 from loraserve.server.schema import ChatCompletion, Completion, LoadAdapter, UnloadAdapter
 from tests.docs.conftest import ROOT, Page
@@ -49,7 +50,8 @@ def test_the_table_at_the_top_has_every_route(app: Flask) -> None:
 def test_every_field_is_documented() -> None:
     words = set(re.findall(r"`(\w+)`|\"(\w+)\":", PAGE.text))
     known = {word for pair in words for word in pair}
-    fields = {name for body in (ChatCompletion, Completion, LoadAdapter, UnloadAdapter) for name in body.model_fields}
+    bodies = (ChatCompletion, Completion, LoadAdapter, UnloadAdapter, CreateJob, Hyperparameters)
+    fields = {name for body in bodies for name in body.model_fields}
     assert len(fields) > 30
     assert fields - known == set()
 

@@ -6,6 +6,9 @@ from safetensors.torch import load_file
 
 from loraserve.base.tokenizer import Tokenizer
 from loraserve.train.data import Augmentation
+from loraserve.train.dataset import Dataset
+from loraserve.train.rows import DataFile
+from loraserve.train.tokens import tokenize
 from tests.train.conftest import dataset_of
 from tests.train.test_data import encoder_of
 
@@ -49,6 +52,19 @@ def test_validation_rows_are_held_out_and_the_split_is_the_same_each_time(base_d
     assert questions(first) != questions(dataset_of(dialogue_file, encoder, seed=3, val_split=0.2))
     assert dataset_of(dialogue_file, encoder, seed=1, val_split=0.001).num_val == 1
     assert len(dataset_of(dialogue_file, encoder, seed=1, val_split=0.99)) == 1
+
+
+def test_validation_rows_may_come_from_a_file_of_their_own(base_dir, dialogue_file, write_rows, tmp_path):
+    row = {"messages": [{"role": "user", "content": "Only here?"}, {"role": "assistant", "content": "Yes."}]}
+    encoder, val_data = encoder_of(base_dir), DataFile(write_rows(tmp_path / "val.jsonl", [row]))
+    val_tokens = tokenize(val_data, encoder, tmp_path / "val", "stop", print)
+    data = DataFile(dialogue_file)
+    tokens = tokenize(data, encoder, tmp_path / "train", "stop", print)
+    dataset = Dataset(data, tokens, encoder, seed=1, validation=(val_data, val_tokens))
+    assert len(dataset) == 14 and dataset.num_val == 1, "nothing is held out"
+    assert questions(dataset) == ["Only here?"]
+    assert dataset.val_sample(0).input_ids.equal(val_tokens.sample(0).input_ids)
+    assert not any(dataset.sample(0, i).input_ids.equal(val_tokens.sample(0).input_ids) for i in range(14))
 
 
 def test_each_epoch_has_its_own_order_and_sees_every_row(base_dir, dialogue_file):

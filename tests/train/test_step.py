@@ -1,5 +1,7 @@
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import RouterLoss, logits_of, pack, summed_loss
 from loraserve.train.checkpoint import RunState, load_state, save_state
-from loraserve.train.data import Dataset, Encoder, Sample
-from loraserve.train.rows import read_file
+from loraserve.train.data import Encoder, Sample
 from loraserve.train.step import AdapterOptimizer
+from tests.train.conftest import dataset_of
 
 
 def trainable(base, seed=0, zero=False):
@@ -58,7 +60,7 @@ def optimizer(base, weights, **options):
     return AdapterOptimizer(base.model, weights, **{"total_steps": 12, "peak_learning_rate": 1e-2} | options)
 
 
-def test_miniminds_own_training_run_is_reproduced(conformance):
+def test_miniminds_own_training_run_is_reproduced(conformance, tmp_path):
     """From its data file to its final adapter: 24 micro-steps of upstream's recipe, within 1e-4 all along."""
     folder = conformance / "minimind-3-train"
     base = load_base(
@@ -77,13 +79,13 @@ def test_miniminds_own_training_run_is_reproduced(conformance):
     weights, final = adapter("adapter_init.safetensors"), adapter("adapter_final.safetensors")
     assert (values(weights) - values(final)).abs().max() > 1e-3
     encoder = Encoder(base.tokenizer, ChatTemplate(base.tokenizer), 32768, 128)
-    dataset = Dataset(read_file(folder / "train.jsonl"), encoder, seed=42)
+    dataset = dataset_of(Path(shutil.copy(folder / "train.jsonl", tmp_path)), encoder, seed=42)
     trainer = optimizer(
         base, weights, total_steps=24, peak_learning_rate=1e-3, accumulation_steps=2, loss_reduction="mean"
     )
     records = []
     for epoch in range(2):
-        order = dataset.order(epoch)
+        order = dataset.order(epoch).tolist()
         batches = [pack([dataset.sample(epoch, row) for row in order[i : i + 8]]) for i in range(0, 96, 8)]
         for i in range(0, 12, 2):
             records += trainer.advance(batches[i : i + 2])
