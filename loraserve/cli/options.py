@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,12 @@ __all__ = [
     "open_base",
     "open_registry",
     "open_service",
+    "parse_size",
     "pick_format",
 ]
 
 Function = Callable[..., Any]
+SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ format_option = click.option(
     help="hf: a directory for transformers and --base; minimind: a .pth for MiniMind's own scripts. "
     "By default minimind if the output ends in .pth, else hf.",
 )
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Turn an option such as 512M or 2GB into bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 512M or 2G", ctx, param)
+    return int(float(match[1]) * SIZES[match[2]])
 
 
 def pick_format(form: str | None, out: Path) -> str:

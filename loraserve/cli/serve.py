@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import re
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, mismatch_option, open_service
+from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, mismatch_option, open_service, parse_size
 
 if TYPE_CHECKING:
     from loraserve.registry import Registry
@@ -16,16 +15,6 @@ if TYPE_CHECKING:
 COUNT = click.IntRange(1)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_SHOWN, MAX_CHECKED = 10, 200
-SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a size such as 512M or 2G", ctx, param)
-    return int(float(match[1]) * SIZES[match[2]])
 
 
 @click.command(cls=LoraserveCommand)
@@ -53,13 +42,13 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 )
 @click.option(
     "--kv-memory",
-    callback=_size,
+    callback=parse_size,
     metavar="SIZE",
     help="Memory for keys and values, such as 2G; lowers --max-num-seqs to what fits.",
 )
 @click.option(
     "--adapter-memory",
-    callback=_size,
+    callback=parse_size,
     default="1G",
     show_default=True,
     metavar="SIZE",
@@ -67,7 +56,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 )
 @click.option(
     "--merge-memory",
-    callback=_size,
+    callback=parse_size,
     default="1G",
     show_default=True,
     metavar="SIZE",
@@ -75,7 +64,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 )
 @click.option(
     "--prefix-memory",
-    callback=_size,
+    callback=parse_size,
     default="512M",
     show_default=True,
     metavar="SIZE",

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry
+from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry, parse_size
 from loraserve.errors import InvalidRequest
 
 FLAG = click.Choice(["0", "1"])
@@ -143,6 +143,12 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     default=0.0,
     show_default=True,
     help="Fraction whose empty think block is removed (MiniMind-3: 0.8).",
+)
+@click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    callback=parse_size,
+    help="Split batches, and run blocks twice instead of keeping them, to stay within e.g. 4GB.  [default: no limit]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32), default=42, show_default=True)
 @click.option("--log-interval", type=click.IntRange(1), default=10, show_default=True, help="Steps between log lines.")

@@ -44,6 +44,21 @@ class PackedBatch:
     def num_supervised(self) -> int:
         return self.targets.numel()
 
+    def split(self, max_rows: int | None) -> list["PackedBatch"]:
+        """The same dialogues in batches of up to `max_rows` rows; a longer dialogue is a batch of its own."""
+        groups: list[list[int]] = []
+        for length in self.lengths:
+            if not groups or (max_rows is not None and sum(groups[-1]) + length > max_rows):
+                groups.append([])
+            groups[-1].append(length)
+        parts, start = [], 0
+        for lengths in groups:
+            end = start + sum(lengths)
+            mine = (self.rows >= start) & (self.rows < end)
+            parts.append(PackedBatch(self.input_ids[start:end], lengths, self.rows[mine] - start, self.targets[mine]))
+            start = end
+        return parts
+
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:
     """Lay `samples` end to end. Each must have a supervised token after its first."""

@@ -76,6 +76,10 @@ class Dataset:
                 return changed
         return self._tokens.sample(place)
 
+    def longest(self, count: int) -> list[int]:
+        """Tokens of the longest `count` dialogues, of those trained on and those held out, without random changes."""
+        return sorted(self._tokens.lengths().tolist())[-count:]
+
     def val_sample(self, row: int) -> Sample:
         return self._val_tokens.sample(int(self._val[row]))
 

@@ -53,6 +53,8 @@ class TrainOptions:
     """Where the state of the unfinished run is kept, in a folder of the adapter's name."""
     resume: bool = False
     wandb_project: str | None = None
+    memory_budget: int | None = None
+    """Bytes that the run may use; batches are split, and blocks run twice, as it needs."""
 
     def check(self) -> None:
         """Raise InvalidRequest for a value that cannot be trained with."""

@@ -51,6 +51,8 @@ class AdapterOptimizer:
         total_steps: micro-batches of the whole run, for the schedule.
         loss_reduction: `tokens` or `mean`.
         checkpointing: run each block again in the backward pass and keep only its input.
+        max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
+            gradients are the whole one's, except that with `mean` experts are balanced within each part.
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class AdapterOptimizer:
         accumulation_steps: int = 1,
         loss_reduction: str = "tokens",
         checkpointing: bool = False,
+        max_rows: int | None = None,
     ) -> None:
         self.model, self.weights = model, weights
         self.stack = AdapterStack([weights])
         self.step = 0
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
-        self._checkpointing = checkpointing
+        self._checkpointing, self._max_rows = checkpointing, max_rows
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
         self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
@@ -80,7 +83,7 @@ class AdapterOptimizer:
         """Take one optimizer step over the micro-batches of `window`.
 
         Args:
-            stop: asked after every micro-batch; once true the window is abandoned.
+            stop: asked after every pass; once true the window is abandoned.
 
         Returns:
             a record per micro-batch; none if it was abandoned, and then nothing has changed.
@@ -92,18 +95,21 @@ class AdapterOptimizer:
         losses: list[Tensor] = []
         router = RouterLoss(self.model)
         for batch in window:
-            with router:  # not in the backward pass, which may run blocks again
-                loss = summed_loss(self.model, batch, self.stack, checkpointing=self._checkpointing)
-            losses.append(loss.detach() / batch.num_supervised)
-            router_loss = router.take()
-            if self._mean:
-                loss = (loss / batch.num_supervised + router_loss) / self._accumulation
-            else:
-                loss = loss / window_tokens
-            self._scaler.scale(loss).backward()
-            if stop():
-                self._adamw.zero_grad()
-                return []
+            losses.append(torch.zeros((), device=self.model.lm_head.weight.device))
+            for part in batch.split(self._max_rows):
+                with router:  # not in the backward pass, which may run blocks again
+                    loss = summed_loss(self.model, part, self.stack, checkpointing=self._checkpointing)
+                losses[-1] += loss.detach() / batch.num_supervised
+                router_loss = router.take()
+                if self._mean:
+                    share = part.num_rows / batch.num_rows
+                    loss = (loss / batch.num_supervised + share * router_loss) / self._accumulation
+                else:
+                    loss = loss / window_tokens
+                self._scaler.scale(loss).backward()
+                if stop():
+                    self._adamw.zero_grad()
+                    return []
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         *values, grad_norm = torch.stack([*losses, norm]).tolist()

@@ -128,6 +128,11 @@ class TokenFile:
         supervised = codes < 0
         return Sample(torch.where(supervised, ~codes, codes), supervised)
 
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each row, (N,) int64."""
+        places = os.pread(self._rows, _PLACE.size * len(self), 0)
+        return np.frombuffer(places, np.int64).reshape(len(self), -1)[:, -1]
+
     def place(self, row: int) -> tuple[int, int, int]:
         """Line, offset and length of a row in the data file."""
         return self._place(row)[:3]

@@ -30,6 +30,7 @@ from loraserve.train.dataset import Dataset
 from loraserve.train.figures import figures_of
 from loraserve.train.general import perplexity
 from loraserve.train.initial import initial_weights
+from loraserve.train.memory import footprint, plan, resident_bytes
 from loraserve.train.options import TrainOptions
 from loraserve.train.report import Metrics, Progress, WandbLog
 from loraserve.train.rows import DataFile
@@ -127,6 +128,12 @@ class _Run:
             seed=options.seed,
             device=base.device,
         )
+        self.plan = plan(
+            footprint(base.config, self.weights, base.dtype),
+            resident_bytes(base.model),
+            self.dataset.longest(options.batch_size),
+            options.memory_budget,
+        )
         self.optimizer = AdapterOptimizer(
             base.model,
             self.weights,
@@ -135,6 +142,8 @@ class _Run:
             grad_clip=options.grad_clip,
             accumulation_steps=options.accumulation_steps,
             loss_reduction=options.loss_reduction,
+            checkpointing=self.plan.checkpointing,
+            max_rows=self.plan.max_rows,
         )
         self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
@@ -172,6 +181,7 @@ class _Run:
             f"{len(self.dataset)} dialogues{held_out}, "
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
         )
+        self.progress.note(str(self.plan))
         if self.facts.rejections.rows:
             rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
             self.progress.note(f"{rejected}: {self.facts.rejections}")
@@ -233,7 +243,8 @@ class _Run:
         total, supervised = 0.0, 0
         for first in rows[::size]:
             batch = pack([self.dataset.val_sample(row) for row in rows[first : first + size]])
-            total += float(summed_loss(self.base.model, batch, self.optimizer.stack))
+            for part in batch.split(self.plan.max_rows):
+                total += float(summed_loss(self.base.model, part, self.optimizer.stack))
             supervised += batch.num_supervised
         loss = total / supervised
         self.best.offer(self.optimizer.step, loss)

@@ -244,3 +244,11 @@ def test_what_the_template_does_not_show_is_told_before_training(arguments, dial
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
     assert "warning: the base's chat template does not show 'reasoning_content' of 1 dialogues" in result.stderr
+
+
+def test_a_memory_budget_is_planned_for_or_refused(arguments):
+    result = run(*arguments, "--memory-budget", "64GB")
+    assert result.exit_code == 0, result.stderr
+    assert "at the peak; whole batches" in result.stderr
+    result = run(*arguments, "--memory-budget", "1MB")
+    assert result.exit_code == 2 and "a memory budget of 1 MB is too small: the least is" in result.stderr

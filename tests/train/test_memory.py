@@ -1,0 +1,69 @@
+"""What a step is predicted to keep, and how batches are split to fit."""
+
+import pytest
+import torch
+
+from loraserve.errors import InvalidRequest
+from loraserve.lora.stack import AdapterStack
+from loraserve.train.batch import pack, summed_loss
+from loraserve.train.memory import Footprint, footprint, plan
+from tests.train.test_loss import adapter
+from tests.train.test_step import optimizer, random_samples, trainable, values
+
+
+def test_what_a_pass_keeps_is_what_was_predicted(base):
+    batch, weights = pack(random_samples(40)), adapter(base, head=False)
+    needs = footprint(base.config, weights, base.dtype)
+    frozen = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    frozen |= {x.untyped_storage().data_ptr() for w in weights.values() for x in (w.A, w.B)}
+    saved = {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        summed_loss(base.model, batch, AdapterStack([weights]))
+    kept = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in frozen) / batch.num_rows
+    assert kept == pytest.approx(needs.num_blocks * needs.block + needs.head, rel=0.05)
+
+
+def test_a_split_batch_trains_as_the_whole_one(base):
+    batch = pack(random_samples(9))
+    parts = batch.split(45)
+    assert len(parts) > 2 and all(len(part.lengths) == 1 or part.num_rows <= 45 for part in parts)
+    assert torch.cat([part.input_ids for part in parts]).equal(batch.input_ids)
+    assert torch.cat([part.targets for part in parts]).equal(batch.targets)
+    assert [len(part.lengths) for part in batch.split(1)] == [1] * 9 and len(batch.split(None)) == 1
+    trained, losses = [], []
+    for options in ({}, {"max_rows": 45, "checkpointing": True}):
+        weights = trainable(base)
+        trainer = optimizer(base, weights, **options)
+        losses.append([trainer.advance([batch])[0].loss for _ in range(3)])
+        trained.append(values(weights))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(trained[0], trained[1], atol=1e-4, rtol=0)
+
+
+NEEDS = Footprint(adapter=1000, block=40, kept_input=10, num_blocks=5, working=20, head=5, logits=500)
+"""225 bytes a row, 115 with checkpointing."""
+
+
+def test_a_plan_takes_first_what_costs_no_time():
+    batch, resident = [50, 100], 10_000
+    whole = plan(NEEDS, resident, batch, None)
+    assert (whole.peak, whole.checkpointing, whole.max_rows) == (11_500 + 150 * 225, False, None)
+    assert plan(NEEDS, resident, batch, whole.peak) == whole
+    split = plan(NEEDS, resident, batch, whole.peak - 1)
+    assert (split.checkpointing, split.max_rows) == (False, 149) and split.peak < whole.peak
+    again = plan(NEEDS, resident, batch, 11_500 + 100 * 115)
+    assert (again.checkpointing, again.max_rows, again.peak) == (True, 100, 11_500 + 100 * 115)
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_what_would():
+    needs = Footprint(100 << 20, 40 << 10, 10 << 10, 5, 0, 0, 0)
+    with pytest.raises(InvalidRequest, match=r"the least is .* give --memory-budget (\d+)MB") as caught:
+        plan(needs, 500 << 20, [64, 1000], 600 << 20)
+    assert caught.value.param == "memory_budget"
+    enough = int(str(caught.value).partition("--memory-budget ")[2].partition("MB")[0])
+    assert plan(needs, 500 << 20, [64, 1000], enough << 20).max_rows >= 1000
