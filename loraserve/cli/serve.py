@@ -90,7 +90,7 @@ MAX_SHOWN, MAX_CHECKED = 10, 200
 )
 @click.option(
     "--max-file-size",
-    callback=_size,
+    callback=parse_size,
     default="100M",
     show_default=True,
     metavar="SIZE",

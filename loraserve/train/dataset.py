@@ -7,14 +7,20 @@ and no row.
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loraserve.train.data import UNCHANGED, Augmentation, Encoder, Sample
 from loraserve.train.dialogue import Dialogue, read_dialogue
+from loraserve.train.options import TrainOptions
 from loraserve.train.rows import DataFile
-from loraserve.train.tokens import TokenFile
+from loraserve.train.tokens import Facts, Note, TokenFile, discard_tokens, tokenize
+
+VALIDATION = "validation"
+"""Where the tokens of a validation file are, in the run's folder."""
 
 
 def num_held_out(rows: int, val_split: float) -> int:
@@ -92,3 +98,39 @@ class Dataset:
 
     def _dialogue(self, place: int) -> Dialogue:
         return read_dialogue(self._data.row(*self._tokens.place(place)))
+
+
+def open_dataset(
+    options: TrainOptions, encoder: Encoder, folder: Path, note: Note
+) -> tuple[DataFile, Facts, Dataset, str | None]:
+    """Tokenize a run's files into its folder, unless they are there.
+
+    Returns:
+        the training file, what was found in it, the samples, and the validation file's SHA-256 if it has one.
+
+    Raises as `tokenize` and `DataFile` do.
+    """
+    data = DataFile(options.data)
+    tokens = tokenize(data, encoder, folder, options.on_bad_row, note)
+    validation = None
+    if options.val_data is not None:
+        val_data = DataFile(options.val_data)
+        validation = val_data, tokenize(val_data, encoder, folder / VALIDATION, options.on_bad_row, note)
+    dataset = Dataset(
+        data,
+        tokens,
+        encoder,
+        seed=options.seed,
+        val_split=options.val_split,
+        validation=validation,
+        augmentation=options.augmentation,
+    )
+    return data, tokens.facts, dataset, validation[0].sha256 if validation else None
+
+
+def discard_dataset(folder: Path) -> None:
+    """Remove what `open_dataset` left in a run's folder; rejected rows stay."""
+    discard_tokens(folder)
+    discard_tokens(folder / VALIDATION)
+    with suppress(OSError):  # missing, or rejected rows are in it
+        (folder / VALIDATION).rmdir()

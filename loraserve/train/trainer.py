@@ -8,8 +8,8 @@ that was killed anywhere and resumed publishes the same weights as one that was 
 up in another order.
 """
 
+import functools
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,24 +26,21 @@ from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
 from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
 from loraserve.train.data import Encoder
-from loraserve.train.dataset import Dataset
+from loraserve.train.dataset import discard_dataset, open_dataset
 from loraserve.train.figures import figures_of
 from loraserve.train.general import perplexity
 from loraserve.train.initial import initial_weights
 from loraserve.train.memory import footprint, plan, resident_bytes
 from loraserve.train.options import TrainOptions
 from loraserve.train.report import Metrics, Progress, WandbLog
-from loraserve.train.rows import DataFile
 from loraserve.train.samples import Comparison, compare
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import AdapterOptimizer
 from loraserve.train.summary import show_summary
-from loraserve.train.tokens import REJECTED, TokenFile, discard_tokens, tokenize
+from loraserve.train.tokens import REJECTED
 from loraserve.train.verdict import warnings_of
 
 WORK_FOLDER = ".training"
-VALIDATION = "validation"
-"""Where the tokens of a validation file are, in the run's folder."""
 NUM_SAMPLE_ANSWERS = 3
 
 
@@ -82,10 +79,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         finally:
             run.close()
         result = run.publish()
-        discard_tokens(folder)
-        discard_tokens(folder / VALIDATION)
-        with suppress(OSError):  # missing, or rejected rows are in it
-            (folder / VALIDATION).rmdir()
+        discard_dataset(folder)
         discard(folder)
         return result
 
@@ -94,23 +88,9 @@ class _Run:
     def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
         self.base, self.registry, self.options, self.folder = base, registry, options, folder
         self.stream = stream
-        self.data = DataFile(options.data)
         encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
-        tokens = self._tokenize(self.data, encoder, folder, stream)
-        validation = None
-        if options.val_data is not None:
-            val_data = DataFile(options.val_data)
-            validation = val_data, self._tokenize(val_data, encoder, folder / VALIDATION, stream)
-        self.facts = tokens.facts
-        self.dataset = Dataset(
-            self.data,
-            tokens,
-            encoder,
-            seed=options.seed,
-            val_split=options.val_split,
-            validation=validation,
-            augmentation=options.augmentation,
-        )
+        note = functools.partial(print, file=stream, flush=True)
+        self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, encoder, folder, note)
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
         self.total = self.per_epoch * options.epochs
         targets = expand_targets(options.targets, base.shapes)
@@ -147,9 +127,8 @@ class _Run:
         )
         self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
-        self.identity = self.recipe | {"data_sha256": self.data.sha256, "base_fingerprint": base.fingerprint}
-        if validation is not None:
-            self.identity |= {"val_data_sha256": validation[0].sha256}
+        hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
+        self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
         state = load_state(folder, self.identity) if options.resume else None
         self.seconds, wandb_id = 0.0, None
         if state is not None:
@@ -166,11 +145,6 @@ class _Run:
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
         )
         self._announce(state, encoder.limit)
-
-    def _tokenize(self, data: DataFile, encoder: Encoder, folder: Path, stream: TextIO) -> TokenFile:
-        return tokenize(
-            data, encoder, folder, self.options.on_bad_row, lambda text: print(text, file=stream, flush=True)
-        )
 
     def _announce(self, state: RunState | None, limit: int) -> None:
         parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
