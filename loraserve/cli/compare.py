@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraserve.cli.options import BaseOptions, base_options, open_base, open_registry
+from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry
 from loraserve.cli.records import print_json
 from loraserve.cli.tables import count
 
@@ -19,7 +19,7 @@ RECIPE = "recipe: "
 FIGURES = {"loss": "training loss", "val_loss": "validation loss", "dialogues": "dialogues trained on"}
 
 
-@click.command("compare")
+@click.command("compare", cls=LoraserveCommand)
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @click.option(
