@@ -32,6 +32,20 @@ class MiniMindBase:
     use_moe: str | None
 
 
+def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Turn PATTERN=NUMBER options into PEFT's `rank_pattern` (whole numbers) or `alpha_pattern`, in their order."""
+    number: click.ParamType[Any] = COUNT if param.name == "rank_pattern" else POSITIVE
+    found: dict[str, Any] = {}
+    for value in values:
+        pattern, equals, text = value.rpartition("=")
+        if not pattern or not equals:
+            raise click.BadParameter(f"{value!r} is not PATTERN=NUMBER, such as q_proj=4", ctx, param)
+        if pattern in found:
+            raise click.BadParameter(f"{pattern!r} is given twice", ctx, param)
+        found[pattern] = number.convert(text, param, ctx)
+    return found
+
+
 def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that only MiniMind's command lines have; the function receives `minimind: MiniMindBase`."""
 
@@ -77,14 +91,40 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--name", "--lora-name", "name", help="The adapter's name.  [default: the data file's stem]")
 @click.option(
     "--targets",
-    default="all-linear",
-    show_default=True,
     metavar="TARGETS",
     help="all-linear, all (with lm_head), attention, minimind (as upstream: rank 16, scale 1), module names "
-    "separated by commas, or a regex over module paths.",
+    "separated by commas, or a regex over module paths.  [default: all-linear]",
 )
 @click.option("--rank", "-r", type=click.IntRange(1), metavar="R", help="Of the update.  [default: 8; minimind: 16]")
 @click.option("--alpha", type=POSITIVE, metavar="ALPHA", help="Scale is alpha/rank.  [default: 2·rank; minimind: rank]")
+@click.option(
+    "--rank-pattern",
+    multiple=True,
+    metavar="PATTERN=R",
+    callback=parse_patterns,
+    help="Another rank where PATTERN, a name or a regex, is the end of a module path; repeatable, the first counts.",
+)
+@click.option(
+    "--alpha-pattern",
+    multiple=True,
+    metavar="PATTERN=ALPHA",
+    callback=parse_patterns,
+    help="Another alpha, likewise.",
+)
+@click.option("--rslora", "use_rslora", is_flag=True, help="Scale is alpha/sqrt(rank); alpha is 16 by default.")
+@click.option(
+    "--init-from",
+    metavar="ADAPTER",
+    help="Go on with an adapter, given by its name or directory, at its own targets, ranks and scales.",
+)
+@click.option(
+    "--lora-plus-ratio",
+    type=POSITIVE,
+    default=1.0,
+    show_default=True,
+    metavar="RATIO",
+    help="LoRA+: B's learning rate is so many times A's.",
+)
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues per step.")
 @click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True, help="Falls to a tenth on a cosine.")
@@ -171,7 +211,7 @@ def command(
     minimind: MiniMindBase,
     data: Path,
     name: str | None,
-    targets: str,
+    targets: str | None,
     rank: int | None,
     alpha: float | None,
     random_system_prompt: float,
@@ -198,7 +238,7 @@ def command(
     train_options = TrainOptions(
         data=data,
         name=name if name is not None else data.stem,
-        targets=parse_targets(targets),
+        targets=None if targets is None else parse_targets(targets),
         r=rank,
         lora_alpha=alpha,
         augmentation=Augmentation(random_system_prompt, drop_empty_think),

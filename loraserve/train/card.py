@@ -113,6 +113,7 @@ def _did_it_work(metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[st
 
 RESULTS = {
     "loss": "training loss of the last epoch",
+    "val_loss_initial": "validation loss of the adapter it went on with",
     "best_epoch": "epoch of the published weights",
     "steps": "micro-batches",
     "tokens": "tokens trained",

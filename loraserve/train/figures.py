@@ -24,6 +24,7 @@ def figures_of(
         "loss": round(sum(r["loss"] * r["supervised_tokens"] for r in last) / max(supervised, 1), 4),
         "val_loss": None if best.loss is None else round(best.loss, 4),
         "val_loss_base": None if best.base_loss is None else round(best.base_loss, 4),
+        "val_loss_initial": None if best.initial_loss is None else round(best.initial_loss, 4),
         "best_epoch": best.step // per_epoch if best.step else None,
         "steps": len(steps),
         "tokens": tokens,

@@ -1,6 +1,7 @@
 """Optimizer steps over an adapter's weights; the base never changes.
 
 One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
+With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate.
 
     tokens:  loss = Σ over the window of summed cross-entropy / supervised tokens of the window
     mean:    loss = Σ over the window of mean cross-entropy / accumulation_steps
@@ -35,6 +36,7 @@ class StepRecord:
     loss: float
     """Mean cross-entropy over its supervised tokens."""
     lr: float
+    """Of A; LoRA+ takes a multiple of it for B."""
     grad_norm: float | None
     """Before clipping; None where no optimizer step follows this micro-batch."""
     supervised_tokens: int
@@ -49,6 +51,7 @@ class AdapterOptimizer:
         model: the frozen base.
         weights: {target: LoraWeight} whose A and B are float32 parameters on the model's device.
         total_steps: micro-batches of the whole run, for the schedule.
+        lora_plus_ratio: the learning rate of B by that of A, which is the scheduled one.
         loss_reduction: `tokens` or `mean`.
         checkpointing: run each block again in the backward pass and keep only its input.
         max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
@@ -62,6 +65,7 @@ class AdapterOptimizer:
         *,
         total_steps: int,
         peak_learning_rate: float,
+        lora_plus_ratio: float = 1.0,
         grad_clip: float = 1.0,
         accumulation_steps: int = 1,
         loss_reduction: str = "tokens",
@@ -75,7 +79,12 @@ class AdapterOptimizer:
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
         self._checkpointing, self._max_rows = checkpointing, max_rows
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
-        self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
+        self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and B's
+        halves = [w.A for w in weights.values()], [w.B for w in weights.values()]
+        groups = [
+            {"params": half, "lr": peak_learning_rate * ratio} for half, ratio in zip(halves, self._ratios, strict=True)
+        ]
+        self._adamw = torch.optim.AdamW(groups, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(model.lm_head.weight.device.type, enabled=half)
 
@@ -115,8 +124,8 @@ class AdapterOptimizer:
         *values, grad_norm = torch.stack([*losses, norm]).tolist()
         rates = [learning_rate(self.step + i, self._total, self._peak) for i in range(1, len(window) + 1)]
         self._check_finite(values, grad_norm, rates[-1])
-        for group in self._adamw.param_groups:
-            group["lr"] = rates[-1]
+        for group, ratio in zip(self._adamw.param_groups, self._ratios, strict=True):
+            group["lr"] = rates[-1] * ratio
         self._scaler.step(self._adamw)
         self._scaler.update()
         self._adamw.zero_grad()

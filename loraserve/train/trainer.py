@@ -19,7 +19,7 @@ import torch
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
-from loraserve.lora.config import LoraConfig, compact_targets, expand_targets
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Record, Registry
 from loraserve.train.batch import PackedBatch, pack, summed_loss
 from loraserve.train.best import BestWeights
@@ -29,7 +29,7 @@ from loraserve.train.data import Encoder
 from loraserve.train.dataset import discard_dataset, open_dataset
 from loraserve.train.figures import figures_of
 from loraserve.train.general import perplexity
-from loraserve.train.initial import initial_weights
+from loraserve.train.initial import start
 from loraserve.train.memory import footprint, plan, resident_bytes
 from loraserve.train.options import TrainOptions
 from loraserve.train.report import Metrics, Progress, WandbLog
@@ -93,21 +93,8 @@ class _Run:
         self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, encoder, folder, note)
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
         self.total = self.per_epoch * options.epochs
-        targets = expand_targets(options.targets, base.shapes)
-        self.config = LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            target_modules=tuple(compact_targets(targets, base.shapes)),
-            base_model_name_or_path=base.name,
-        )
-        self.weights = initial_weights(
-            targets,
-            base.shapes,
-            self.config,
-            normal=options.targets == "minimind",
-            seed=options.seed,
-            device=base.device,
-        )
+        self.start = start(options, base, registry)
+        self.weights = self.start.weights
         self.plan = plan(
             footprint(base.config, self.weights, base.dtype),
             resident_bytes(base.model),
@@ -119,6 +106,7 @@ class _Run:
             self.weights,
             total_steps=self.total,
             peak_learning_rate=options.learning_rate,
+            lora_plus_ratio=options.lora_plus_ratio,
             grad_clip=options.grad_clip,
             accumulation_steps=options.accumulation_steps,
             loss_reduction=options.loss_reduction,
@@ -126,7 +114,7 @@ class _Run:
             max_rows=self.plan.max_rows,
         )
         self.best = BestWeights(self.weights)
-        self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
+        self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
         hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
         self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
         state = load_state(folder, self.identity) if options.resume else None
@@ -209,21 +197,31 @@ class _Run:
         rows = [order[i * size : (i + 1) * size].tolist() for i in range(first, last)]
         return [pack([self.dataset.sample(epoch, row) for row in batch]) for batch in rows]
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        rows, size = range(self.dataset.num_val), self.options.batch_size
-        if not rows:
+        if not self.dataset.num_val:
             return
+        step, stack = self.optimizer.step, self.optimizer.stack
+        loss = self._val_loss(stack if step else None)
+        self._log({"step": step, "val_loss": loss})
+        self.progress.note(f"validation after step {step}/{self.total}: loss {loss:.4f}")
+        if step:
+            self.best.offer(step, loss)
+            return
+        initial = self._val_loss(stack) if self.start.parent else None
+        if initial is not None:
+            self.progress.note(f"validation of {self.options.init_from!r}: loss {initial:.4f}")
+        self.best.begin(loss, initial)
+
+    @torch.no_grad()
+    def _val_loss(self, stack: AdapterStack | None) -> float:
+        rows, size = range(self.dataset.num_val), self.options.batch_size
         total, supervised = 0.0, 0
         for first in rows[::size]:
             batch = pack([self.dataset.val_sample(row) for row in rows[first : first + size]])
             for part in batch.split(self.plan.max_rows):
-                total += float(summed_loss(self.base.model, part, self.optimizer.stack))
+                total += float(summed_loss(self.base.model, part, stack))
             supervised += batch.num_supervised
-        loss = total / supervised
-        self.best.offer(self.optimizer.step, loss)
-        self._log({"step": self.optimizer.step, "val_loss": loss})
-        self.progress.note(f"validation after step {self.optimizer.step}/{self.total}: loss {loss:.4f}")
+        return total / supervised
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.add(record)
@@ -260,9 +258,12 @@ class _Run:
         )
         answers = compare(self.base, (None, self.weights), self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
         show_summary(self.stream, metrics, answers, warnings)
-        if self.best.beats_base is False and self.options.publish == "better":
+        if self.best.is_better is False and self.options.publish == "better":
+            before = f"the base's loss is {metrics['val_loss_base']}"
+            if self.start.parent:
+                before += f", that of {self.options.init_from!r} is {metrics['val_loss_initial']},"
             raise NotBetter(
-                f"{self.options.name!r} was not published: on validation the base's loss is {metrics['val_loss_base']} "
+                f"{self.options.name!r} was not published: on validation {before} "
                 f"and the adapter's {metrics['val_loss']}; try another --learning-rate, or more and different "
                 f"dialogues; the state is in {self.folder}, and the same command with --resume --publish always "
                 "publishes it"
@@ -279,6 +280,7 @@ class _Run:
         manifest = {
             "base_fingerprint": self.base.fingerprint,
             "base_name": self.base.name,
+            "parents": [self.start.parent] if self.start.parent else [],
             "data_sha256": self.data.sha256,
             "recipe": self.recipe,
             "metrics": metrics,
@@ -291,7 +293,7 @@ class _Run:
             METRICS: self.metrics.path,
         }
         adapter = Adapter(trained, self.options.name)
-        record = self.registry.publish(self.options.name, adapter, self.config, manifest, files)
+        record = self.registry.publish(self.options.name, adapter, self.start.config, manifest, files)
         return TrainResult(record, metrics)
 
     def _figures(self) -> dict[str, Any]:
