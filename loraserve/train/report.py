@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -99,7 +100,8 @@ class Metrics:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a record whose writing has failed already
+            self._file.close()
 
     @property
     def losses(self) -> list[tuple[int, float]]:

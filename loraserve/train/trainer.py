@@ -24,7 +24,7 @@ from loraserve.registry import Record, Registry
 from loraserve.train.batch import PackedBatch, pack, summed_loss
 from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
-from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
+from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, resumable, save_state
 from loraserve.train.data import Encoder
 from loraserve.train.dataset import discard_dataset, open_dataset
 from loraserve.train.figures import figures_of
@@ -74,11 +74,12 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
     folder = (options.save_dir or work) / options.name
     with exclusive(options.name, {work, folder.parent}):
         run = _Run(base, registry, options, folder, stream)
-        try:
-            run.loop()
-        finally:
-            run.close()
-        result = run.publish()
+        with resumable(folder):
+            try:
+                run.loop()
+            finally:
+                run.close()
+            result = run.publish()
         discard_dataset(folder)
         discard(folder)
         return result
