@@ -30,7 +30,9 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
     base = load_text_side(options.base, tokenizer=options.tokenizer)
     data = DataFile(train_options.data)
     encoder = Encoder(base.tokenizer, base.template, base.context, train_options.max_seq_len)
-    found = Survey().read(data, encoder, lambda text: click.echo(text, err=True))
+    found = Survey().read(
+        data, encoder, lambda text: click.echo(text, err=True), pairs=train_options.objective == "dpo"
+    )
     facts = {
         "data": data.name,
         "num_bytes": data.num_bytes,

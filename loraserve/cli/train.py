@@ -86,7 +86,20 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows.",
+    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows; with dpo preference pairs.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["sft", "dpo"]),
+    default="sft",
+    show_default=True,
+    help="sft: learn the answers. dpo: learn to prefer the chosen answer of each pair to the rejected one.",
+)
+@click.option(
+    "--dpo-beta",
+    type=POSITIVE,
+    metavar="BETA",
+    help="How much dpo holds the adapter to what it starts from.  [default: 0.1]",
 )
 @click.option("--name", "--lora-name", "name", help="The adapter's name.  [default: the data file's stem]")
 @click.option(
@@ -126,7 +139,9 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="LoRA+: B's learning rate is so many times A's.",
 )
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues or pairs per step."
+)
 @click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True, help="Falls to a tenth on a cosine.")
 @click.option("--accumulation-steps", type=click.IntRange(1), default=1, show_default=True, help="Steps per update.")
 @click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True)

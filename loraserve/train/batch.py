@@ -18,7 +18,7 @@ from loraserve.base.model import MixtureOfExperts, Model
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.data import Sample
-from loraserve.train.loss import summed_cross_entropy
+from loraserve.train.loss import token_cross_entropy
 
 ROUTER_LOSS_WEIGHT = 5e-4
 
@@ -35,6 +35,8 @@ class PackedBatch:
     """(M,) int64: the rows whose next token is supervised."""
     targets: Tensor
     """(M,) int64: those next tokens."""
+    group: int = 1
+    """Dialogues that stay together: 2 of preference pairs, the chosen and the rejected one."""
 
     @property
     def num_rows(self) -> int:
@@ -44,24 +46,30 @@ class PackedBatch:
     def num_supervised(self) -> int:
         return self.targets.numel()
 
+    @property
+    def num_pairs(self) -> int:
+        return len(self.lengths) // 2
+
     def split(self, max_rows: int | None) -> list["PackedBatch"]:
-        """The same dialogues in batches of up to `max_rows` rows; a longer dialogue is a batch of its own."""
+        """The same dialogues in batches of up to `max_rows` rows; a longer dialogue or pair is a batch of its own."""
         groups: list[list[int]] = []
-        for length in self.lengths:
-            if not groups or (max_rows is not None and sum(groups[-1]) + length > max_rows):
+        for i in range(0, len(self.lengths), self.group):
+            together = self.lengths[i : i + self.group]
+            if not groups or (max_rows is not None and sum(groups[-1]) + sum(together) > max_rows):
                 groups.append([])
-            groups[-1].append(length)
+            groups[-1] += together
         parts, start = [], 0
         for lengths in groups:
             end = start + sum(lengths)
             mine = (self.rows >= start) & (self.rows < end)
-            parts.append(PackedBatch(self.input_ids[start:end], lengths, self.rows[mine] - start, self.targets[mine]))
+            rows, targets = self.rows[mine] - start, self.targets[mine]
+            parts.append(PackedBatch(self.input_ids[start:end], lengths, rows, targets, self.group))
             start = end
         return parts
 
 
-def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lay `samples` end to end. Each must have a supervised token after its first."""
+def pack(samples: Sequence[Sample], group: int = 1) -> PackedBatch:
+    """Lay `samples` end to end, `group` of which belong together. Each must have a supervised token after its first."""
     ids, lengths, rows, targets, start = [], [], [], [], 0
     for sample in samples:
         at = sample.supervised[1:].nonzero().squeeze(1)  # (m,) rows that predict a supervised token
@@ -71,7 +79,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         rows.append(at + start)
         lengths.append(length)
         start += length
-    return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long())
+    return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long(), group)
 
 
 def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *, checkpointing: bool = False) -> Tensor:
@@ -81,6 +89,19 @@ def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *,
         stack: the one adapter applied to every row, or None for the base alone.
         checkpointing: keep only the blocks' inputs for the backward pass; the same loss in less memory.
     """
+    return _token_losses(model, batch, stack, checkpointing).sum()
+
+
+def dialogue_losses(
+    model: Model, batch: PackedBatch, stack: AdapterStack | None, *, checkpointing: bool = False
+) -> Tensor:
+    """Cross-entropy summed over each dialogue's supervised tokens, (D,) float32. Arguments as of `summed_loss`."""
+    losses = _token_losses(model, batch, stack, checkpointing)
+    dialogues = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[batch.rows]  # (M,)
+    return losses.new_zeros(len(batch.lengths)).index_add(0, dialogues.to(losses.device), losses)
+
+
+def _token_losses(model: Model, batch: PackedBatch, stack: AdapterStack | None, checkpointing: bool) -> Tensor:
     device = model.lm_head.weight.device
     attention = PackedAttention(batch.lengths, device)
     lora = LoraBatch(stack, torch.ones(batch.num_rows, 1), device) if stack is not None else None
@@ -88,7 +109,7 @@ def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *,
         batch.input_ids.to(device), attention.positions, attention, lora, checkpointing=checkpointing
     )
     predicting = hidden_states[batch.rows.to(device)]  # (M, hidden)
-    return summed_cross_entropy(model, predicting, batch.targets.to(device), lora, batch.rows)
+    return token_cross_entropy(model, predicting, batch.targets.to(device), lora, batch.rows)
 
 
 class RouterLoss:

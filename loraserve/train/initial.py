@@ -19,6 +19,7 @@ from loraserve.lora.adapter import LoraWeight, Shapes
 from loraserve.lora.config import ALL_LINEAR, LoraConfig, compact_targets, expand_targets, module_pattern
 from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import read_adapter
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.registry.manifest import read_manifest, sha256_of
 from loraserve.train.options import TrainOptions, in_order
@@ -37,6 +38,13 @@ class Start:
     """What goes into the run's recipe in place of the options' own."""
     parent: str | None = None
     """The adapter it goes on with, as `Manifest.parents` has it."""
+
+    def reference(self) -> AdapterStack | None:
+        """What the run starts from, to stay as it is: a copy of the adapter it goes on with, None for the base."""
+        if self.parent is None:
+            return None
+        copies = {t: LoraWeight(w.A.detach().clone(), w.B.detach().clone(), w.scaling) for t, w in self.weights.items()}
+        return AdapterStack([copies])
 
 
 def start(options: TrainOptions, base: Base, registry: Registry) -> Start:

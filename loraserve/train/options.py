@@ -13,6 +13,7 @@ from loraserve.lora.spec import check_name
 from loraserve.train.data import Augmentation
 from loraserve.train.tokens import ON_BAD_ROW
 
+OBJECTIVES = ("sft", "dpo")
 REDUCTIONS = ("tokens", "mean")
 PUBLISH = ("better", "always")
 
@@ -38,9 +39,13 @@ class TrainOptions:
     """An adapter to go on with, by name or directory; targets, ranks and alphas are then its own."""
     lora_plus_ratio: float = 1.0
     """LoRA+: the learning rate of B is so many times that of A."""
+    objective: str = "sft"
+    """`sft`: learn the answers of dialogues. `dpo`: of preference pairs make the chosen answer the likelier one."""
+    dpo_beta: float | None = None
+    """How much the adapter is held to what it started from; 0.1."""
     epochs: int = 10
     batch_size: int = 16
-    """Dialogues in one micro-batch."""
+    """Dialogues or pairs in one micro-batch."""
     accumulation_steps: int = 1
     learning_rate: float = 1e-3
     grad_clip: float = 1.0
@@ -71,6 +76,7 @@ class TrainOptions:
         """Raise InvalidRequest for a value that cannot be trained with."""
         check_name(self.name, param="name")
         self._check_adapter()
+        self._check_objective()
         for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
@@ -127,6 +133,27 @@ class TrainOptions:
                 param="init_from",
             )
 
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InvalidRequest(f"objective is one of {', '.join(OBJECTIVES)}", param="objective")
+        if self.dpo_beta is not None and self.objective != "dpo":
+            raise InvalidRequest("dpo_beta goes with --objective dpo only", param="dpo_beta")
+        if not 0 < self.beta < float("inf"):
+            raise InvalidRequest(f"dpo_beta must be above 0, not {self.dpo_beta}", param="dpo_beta")
+        if self.objective == "dpo" and self.augmentation:
+            raise InvalidRequest(
+                "--random-system-prompt and --drop-empty-think change dialogues; they do not go with --objective dpo",
+                param="objective",
+            )
+
+    @property
+    def rows_are(self) -> str:
+        return "preference pairs" if self.objective == "dpo" else "dialogues"
+
+    @property
+    def beta(self) -> float:
+        return 0.1 if self.dpo_beta is None else self.dpo_beta
+
     @property
     def rank(self) -> int:
         return self.r if self.r is not None else 16 if self.targets == "minimind" else 8
@@ -157,7 +184,8 @@ class TrainOptions:
             "use_rslora": self.use_rslora,
         }
         files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
-        return {**files, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
+        objective = {"objective": self.objective, "dpo_beta": self.beta if self.objective == "dpo" else None}
+        return {**files, **objective, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
 
 
 def in_order(pattern: Mapping[str, float]) -> list[str] | None:

@@ -61,17 +61,23 @@ class Progress:
     def _show(self, lr: float) -> None:
         now = time.monotonic()
         rate = sum(record.tokens for record in self._unshown) / max(now - self._last_time, 1e-9)
-        weight = sum(record.supervised_tokens for record in self._unshown)
-        loss = sum(record.loss * record.supervised_tokens for record in self._unshown) / weight
+        losses = f"loss {self._mean('loss'):.4f}"
+        if self._unshown[0].pairs:
+            losses += f"  margin {self._mean('reward_margin'):.3f}  accuracy {self._mean('accuracy'):.0%}"
         self._last_time, self._unshown = now, []
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+            self._bar.set_postfix_str(f"{losses}, {rate:,.0f} tokens/s")
             return
         left = (self._total - self._done) * (now - self._started) / (self._done - self._first)
         self.note(
             f"epoch {(self._done - 1) // self._per_epoch + 1}/{self._epochs}  step {self._done}/{self._total}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  ETA {timedelta(seconds=round(left))}"
+            f"{losses}  lr {lr:.2e}  {rate:,.0f} tokens/s  ETA {timedelta(seconds=round(left))}"
         )
+
+    def _mean(self, figure: str) -> float:
+        weights = [record.pairs or record.supervised_tokens for record in self._unshown]
+        values = [getattr(record, figure) for record in self._unshown]
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,6 +6,8 @@ With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate.
     tokens:  loss = Σ over the window of summed cross-entropy / supervised tokens of the window
     mean:    loss = Σ over the window of mean cross-entropy / accumulation_steps
 
+Of preference pairs it is the loss of `preference`, and a pair counts as a token does here.
+
 With `tokens` a window is exactly one big batch; `mean` is MiniMind's, where experts add their router loss. Weights and
 optimizer state change only at the end of a window, so an interruption inside one leaves the state of the last step.
 float16 scales the loss so that gradients do not vanish.
@@ -24,6 +26,7 @@ from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import PackedBatch, RouterLoss, summed_loss
+from loraserve.train.preference import Preference, preference_loss
 from loraserve.train.schedule import learning_rate
 
 
@@ -34,7 +37,7 @@ class StepRecord:
     step: int
     """Micro-batches so far, this one included."""
     loss: float
-    """Mean cross-entropy over its supervised tokens."""
+    """Mean cross-entropy over its supervised tokens, or mean loss over its pairs."""
     lr: float
     """Of A; LoRA+ takes a multiple of it for B."""
     grad_norm: float | None
@@ -42,6 +45,11 @@ class StepRecord:
     supervised_tokens: int
     tokens: int
     """Rows run."""
+    pairs: int | None = None
+    reward_margin: float | None = None
+    """Mean over pairs."""
+    accuracy: float | None = None
+    """The share of pairs whose chosen answer has the higher reward."""
 
 
 class AdapterOptimizer:
@@ -56,6 +64,7 @@ class AdapterOptimizer:
         checkpointing: run each block again in the backward pass and keep only its input.
         max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
             gradients are the whole one's, except that with `mean` experts are balanced within each part.
+        preference: what pairs are judged by; None trains on dialogues.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class AdapterOptimizer:
         loss_reduction: str = "tokens",
         checkpointing: bool = False,
         max_rows: int | None = None,
+        preference: Preference | None = None,
     ) -> None:
         self.model, self.weights = model, weights
         self.stack = AdapterStack([weights])
@@ -78,6 +88,7 @@ class AdapterOptimizer:
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
         self._checkpointing, self._max_rows = checkpointing, max_rows
+        self._preference = preference
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
         self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and B's
         halves = [w.A for w in weights.values()], [w.B for w in weights.values()]
@@ -100,21 +111,22 @@ class AdapterOptimizer:
         Raises:
             TrainingFailed: the loss or the gradient is not finite; weights and optimizer are as before the window.
         """
-        window_tokens = sum(batch.num_supervised for batch in window)
+        counts = [batch.num_supervised if self._preference is None else batch.num_pairs for batch in window]
         losses: list[Tensor] = []
+        margins: list[list[Tensor]] = []
         router = RouterLoss(self.model)
-        for batch in window:
+        for batch, count in zip(window, counts, strict=True):
+            margins.append([])
             losses.append(torch.zeros((), device=self.model.lm_head.weight.device))
             for part in batch.split(self._max_rows):
-                with router:  # not in the backward pass, which may run blocks again
-                    loss = summed_loss(self.model, part, self.stack, checkpointing=self._checkpointing)
-                losses[-1] += loss.detach() / batch.num_supervised
+                loss = self._loss(part, router, margins[-1])
+                losses[-1] += loss.detach() / count
                 router_loss = router.take()
                 if self._mean:
                     share = part.num_rows / batch.num_rows
-                    loss = (loss / batch.num_supervised + share * router_loss) / self._accumulation
+                    loss = (loss / count + share * router_loss) / self._accumulation
                 else:
-                    loss = loss / window_tokens
+                    loss = loss / sum(counts)
                 self._scaler.scale(loss).backward()
                 if stop():
                     self._adamw.zero_grad()
@@ -138,9 +150,21 @@ class AdapterOptimizer:
                 grad_norm=grad_norm if i == len(window) - 1 else None,
                 supervised_tokens=batch.num_supervised,
                 tokens=batch.num_rows,
+                **_rewards(margins[i]),
             )
             for i, batch in enumerate(window)
         ]
+
+    def _loss(self, part: PackedBatch, router: RouterLoss, margins: list[Tensor]) -> Tensor:
+        """The loss summed over a part's tokens or pairs; `margins` gets those of its pairs."""
+        if self._preference is None:
+            with router:  # not in the backward pass, which may run blocks again
+                return summed_loss(self.model, part, self.stack, checkpointing=self._checkpointing)
+        ratios = self._preference.reference_ratios(self.model, part)
+        with router:
+            found = self._preference.margins(self.model, part, self.stack, ratios, checkpointing=self._checkpointing)
+        margins.append(found.detach())
+        return preference_loss(found)
 
     def _check_finite(self, losses: list[float], grad_norm: float, rate: float) -> None:
         wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
@@ -179,3 +203,12 @@ class AdapterOptimizer:
 
     def _named(self) -> list[tuple[str, str, Tensor]]:
         return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in (("A", w.A), ("B", w.B))]
+
+
+def _rewards(margins: list[Tensor]) -> dict[str, Any]:
+    """The figures of a micro-batch's pairs; none of dialogues."""
+    if not margins:
+        return {}
+    found = torch.cat(margins)  # (P,)
+    accuracy = int((found > 0).sum()) / len(found)
+    return {"pairs": len(found), "reward_margin": float(found.mean()), "accuracy": accuracy}

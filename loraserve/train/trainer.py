@@ -14,14 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Record, Registry
-from loraserve.train.batch import PackedBatch, pack, summed_loss
+from loraserve.train.batch import PackedBatch, pack
 from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
 from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, resumable, save_state
@@ -32,6 +30,7 @@ from loraserve.train.general import perplexity
 from loraserve.train.initial import start
 from loraserve.train.memory import footprint, plan, resident_bytes
 from loraserve.train.options import TrainOptions
+from loraserve.train.preference import Preference, validate
 from loraserve.train.report import Metrics, Progress, WandbLog
 from loraserve.train.samples import Comparison, compare
 from loraserve.train.signals import stop_signals
@@ -96,6 +95,8 @@ class _Run:
         self.total = self.per_epoch * options.epochs
         self.start = start(options, base, registry)
         self.weights = self.start.weights
+        dpo = options.objective == "dpo"
+        self.preference = Preference(options.beta, self.start.reference()) if dpo else None
         self.plan = plan(
             footprint(base.config, self.weights, base.dtype),
             resident_bytes(base.model),
@@ -113,6 +114,7 @@ class _Run:
             loss_reduction=options.loss_reduction,
             checkpointing=self.plan.checkpointing,
             max_rows=self.plan.max_rows,
+            preference=self.preference,
         )
         self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
@@ -141,7 +143,7 @@ class _Run:
         self.progress.note(
             f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "
             f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
-            f"{len(self.dataset)} dialogues{held_out}, "
+            f"{len(self.dataset)} {self.options.rows_are}{held_out}, "
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
         )
         self.progress.note(str(self.plan))
@@ -149,9 +151,11 @@ class _Run:
             rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
             self.progress.note(f"{rejected}: {self.facts.rejections}")
         if self.facts.truncated:
-            self.progress.note(f"{self.facts.truncated} dialogues were cut at {limit} tokens")
+            self.progress.note(f"{self.facts.truncated} {self.options.rows_are} were cut at {limit} tokens")
         for field, rows in self.facts.left_out.items():
-            self.progress.note(f"warning: the base's chat template does not show {field!r} of {rows:,} dialogues")
+            self.progress.note(
+                f"warning: the base's chat template does not show {field!r} of {rows:,} {self.options.rows_are}"
+            )
         if state is not None:
             self.progress.note(f"resuming after step {state.step} of {self.total}")
         elif self.options.resume:
@@ -168,8 +172,9 @@ class _Run:
                 records = self.optimizer.advance(self._window(), stop=lambda: bool(stop.requested))
                 self.seconds = time.monotonic() - started
                 for record in records:
-                    entry = asdict(record) | {"epoch": (record.step - 1) // self.per_epoch + 1}
-                    self._log(entry | {"seconds": round(self.seconds, 3)})
+                    entry = {k: v for k, v in asdict(record).items() if v is not None or k == "grad_norm"}
+                    entry |= {"epoch": (record.step - 1) // self.per_epoch + 1, "seconds": round(self.seconds, 3)}
+                    self._log(entry)
                 if not records:
                     break
                 self.progress.advance(records)
@@ -196,33 +201,30 @@ class _Run:
         size, order = self.options.batch_size, self.dataset.order(epoch)
         last = min(first + self.options.accumulation_steps, self.per_epoch)
         rows = [order[i * size : (i + 1) * size].tolist() for i in range(first, last)]
-        return [pack([self.dataset.sample(epoch, row) for row in batch]) for batch in rows]
+        group = self.dataset.samples_per_row
+        return [pack([s for row in batch for s in self.dataset.samples(epoch, row)], group) for batch in rows]
 
     def _validate(self) -> None:
         if not self.dataset.num_val:
             return
         step, stack = self.optimizer.step, self.optimizer.stack
-        loss = self._val_loss(stack if step else None)
-        self._log({"step": step, "val_loss": loss})
-        self.progress.note(f"validation after step {step}/{self.total}: loss {loss:.4f}")
+        loss, accuracy = self._judge(stack if step else None)
+        self._log({"step": step, "val_loss": loss} | ({} if accuracy is None else {"val_accuracy": accuracy}))
+        right = "" if accuracy is None else f", accuracy {accuracy:.0%}"
+        self.progress.note(f"validation after step {step}/{self.total}: loss {loss:.4f}{right}")
         if step:
             self.best.offer(step, loss)
             return
-        initial = self._val_loss(stack) if self.start.parent else None
+        initial = self._judge(stack)[0] if self.start.parent else None
         if initial is not None:
             self.progress.note(f"validation of {self.options.init_from!r}: loss {initial:.4f}")
         self.best.begin(loss, initial)
 
-    @torch.no_grad()
-    def _val_loss(self, stack: AdapterStack | None) -> float:
-        rows, size = range(self.dataset.num_val), self.options.batch_size
-        total, supervised = 0.0, 0
-        for first in rows[::size]:
-            batch = pack([self.dataset.val_sample(row) for row in rows[first : first + size]])
-            for part in batch.split(self.plan.max_rows):
-                total += float(summed_loss(self.base.model, part, stack))
-            supervised += batch.num_supervised
-        return total / supervised
+    def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
+        rows, size, group = range(self.dataset.num_val), self.options.batch_size, self.dataset.samples_per_row
+        samples = ([s for row in rows[i : i + size] for s in self.dataset.val_samples(row)] for i in rows[::size])
+        batches = (part for each in samples for part in pack(each, group).split(self.plan.max_rows))
+        return validate(self.base.model, batches, stack, self.preference)
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.add(record)
@@ -286,7 +288,7 @@ class _Run:
             "recipe": self.recipe,
             "metrics": metrics,
             "warnings": warnings,
-            "description": f"trained on {len(self.dataset)} dialogues of {self.data.name}",
+            "description": f"trained on {len(self.dataset)} {self.options.rows_are} of {self.data.name}",
         }
         files: dict[str, bytes | Path] = {
             "README.md": card.encode(),
