@@ -218,8 +218,21 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--from-resume", type=FLAG, default="0", help="1 is --resume.")
 @click.option("--dry-run", is_flag=True, help="Check the data and show what is in it; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print what --dry-run finds as JSON.")
-@click.option("--use-wandb", is_flag=True, help="Log to Weights & Biases.")
-@click.option("--wandb-project", default="loraserve", show_default=True)
+@click.option(
+    "--report-to",
+    type=click.Choice(["wandb", "swanlab", "trackio", "tensorboard"]),
+    multiple=True,
+    help="Send the losses there, too; may be given more than once.",
+)
+@click.option("--use-wandb", is_flag=True, help="Is --report-to wandb.")
+@click.option(
+    "--report-project",
+    "--wandb-project",
+    "report_project",
+    default="loraserve",
+    show_default=True,
+    help="The project that such a run belongs to.",
+)
 @minimind_options
 def command(
     options: BaseOptions,
@@ -235,8 +248,8 @@ def command(
     from_resume: str,
     dry_run: bool,
     as_json: bool,
+    report_to: tuple[str, ...],
     use_wandb: bool,
-    wandb_project: str,
     **settings: Any,
 ) -> None:
     """Train an adapter on the frozen base and publish it.
@@ -247,7 +260,7 @@ def command(
     from loraserve.lora.config import parse_targets
     from loraserve.train.data import Augmentation
     from loraserve.train.options import TrainOptions
-    from loraserve.train.report import import_wandb
+    from loraserve.train.reporters import check_installed
     from loraserve.train.trainer import train
 
     train_options = TrainOptions(
@@ -258,14 +271,14 @@ def command(
         lora_alpha=alpha,
         augmentation=Augmentation(random_system_prompt, drop_empty_think),
         resume=resume or from_resume == "1",
-        wandb_project=wandb_project if use_wandb else None,
+        report_to=tuple(dict.fromkeys([*report_to, *(["wandb"] if use_wandb else [])])),
         **settings,
     )
     train_options.check()
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run", click.get_current_context())
-    if use_wandb and not dry_run:
-        import_wandb()
+    if not dry_run:
+        check_installed(train_options.report_to)
     explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
     options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if dry_run:

@@ -43,7 +43,8 @@ class RunState:
     """Time trained so far."""
     best: dict[str, Any]
     """See `BestWeights.state`."""
-    wandb_id: str | None = None
+    run_ids: dict[str, str | None]
+    """See `Reports.run_ids`."""
 
 
 @contextmanager

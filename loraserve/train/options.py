@@ -68,7 +68,9 @@ class TrainOptions:
     save_dir: Path | None = None
     """Where the state of the unfinished run is kept, in a folder of the adapter's name."""
     resume: bool = False
-    wandb_project: str | None = None
+    report_to: tuple[str, ...] = ()
+    """Services that get the losses, of `reporters.REPORTERS`."""
+    report_project: str = "loraserve"
     memory_budget: int | None = None
     """Bytes that the run may use; batches are split, and blocks run twice, as it needs."""
 

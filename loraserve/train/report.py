@@ -3,13 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from loraserve.errors import InvalidRequest
 from loraserve.lora.files import storage_errors
 from loraserve.train.step import StepRecord
 
@@ -134,38 +133,3 @@ def _read(file: BinaryIO, done: int) -> tuple[list[dict[str, Any]], int]:
         records.append(record)
         end += len(line)
     return records, end
-
-
-class WandbLog:
-    """Sends a run's records to Weights & Biases.
-
-    Raises InvalidRequest if the wandb package is not installed.
-    """
-
-    def __init__(self, project: str, name: str, recipe: Mapping[str, Any], run_id: str | None) -> None:
-        wandb = import_wandb()
-        resume = "must" if run_id else None
-        self._run = wandb.init(project=project, name=name, config=dict(recipe), id=run_id, resume=resume)
-
-    @property
-    def run_id(self) -> str:
-        return self._run.id
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        self._run.log(
-            {key: value for key, value in record.items() if key != "step" and value is not None}, record["step"]
-        )
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def import_wandb() -> Any:
-    """Return the wandb module; raises InvalidRequest with the remedy if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise InvalidRequest(
-            "--use-wandb needs the wandb package: pip install 'loraserve[wandb]'", param="use_wandb"
-        ) from None
-    return wandb

@@ -31,7 +31,8 @@ from loraserve.train.initial import start
 from loraserve.train.memory import footprint, plan, resident_bytes
 from loraserve.train.options import TrainOptions
 from loraserve.train.preference import Preference, validate
-from loraserve.train.report import Metrics, Progress, WandbLog
+from loraserve.train.report import Metrics, Progress
+from loraserve.train.reporters import Reports
 from loraserve.train.samples import Comparison, compare
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import AdapterOptimizer
@@ -121,16 +122,22 @@ class _Run:
         hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
         self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
         state = load_state(folder, self.identity) if options.resume else None
-        self.seconds, wandb_id = 0.0, None
+        self.seconds = 0.0
         if state is not None:
             self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
-            self.seconds, wandb_id = state.seconds, state.wandb_id
+            self.seconds = state.seconds
             self.best.load(state.best)
         else:
             discard(folder)
         done = self.optimizer.step
-        project = options.wandb_project
-        self.wandb = WandbLog(project, options.name, self.recipe, wandb_id) if project else None
+        self.reports = Reports(
+            options.report_to,
+            name=options.name,
+            project=options.report_project,
+            recipe=self.recipe,
+            run_ids=state.run_ids if state else {},
+            step=done,
+        )
         self.metrics = Metrics(folder / METRICS, done=done)
         self.progress = Progress(
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
@@ -228,15 +235,13 @@ class _Run:
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.add(record)
-        if self.wandb:
-            self.wandb.add(record)
+        self.reports.add(record)
 
     def _save(self) -> None:
-        wandb_id = self.wandb.run_id if self.wandb else None
         state = RunState(
             recipe=self.identity,
             seconds=self.seconds,
-            wandb_id=wandb_id,
+            run_ids=self.reports.run_ids,
             best=self.best.state(),
             **self.optimizer.state(),
         )
@@ -245,8 +250,7 @@ class _Run:
     def close(self) -> None:
         self.progress.close()
         self.metrics.close()
-        if self.wandb:
-            self.wandb.close()
+        self.reports.close()
 
     def publish(self) -> TrainResult:
         """Judge the best weights, say how they do, and publish them if they are to be."""
