@@ -1,35 +1,19 @@
-"""`loraserve train`: the options of a training run, and MiniMind's spelling of them."""
+"""`loraserve train`: the options of a training run."""
 
-import dataclasses
-import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from loraserve.cli.minimind import FLAG, MiniMindBase, minimind_options, with_minimind_base
 from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry, parse_size
 from loraserve.errors import InvalidRequest
 
-FLAG = click.Choice(["0", "1"])
 FRACTION = click.FloatRange(0, 1)
 POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1)
-MINIMIND_WEIGHT, MINIMIND_HIDDEN_SIZE = "full_sft", 768
-"""What MiniMind's own script takes where its command line does not say."""
-
-
-@dataclass(frozen=True)
-class MiniMindBase:
-    """How a MiniMind command line names its base. Nothing given means that it does not."""
-
-    from_weight: str | None
-    hidden_size: int | None
-    num_hidden_layers: int | None
-    use_moe: str | None
 
 
 def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -44,37 +28,6 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
             raise click.BadParameter(f"{pattern!r} is given twice", ctx, param)
         found[pattern] = number.convert(text, param, ctx)
     return found
-
-
-def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that only MiniMind's command lines have; the function receives `minimind: MiniMindBase`."""
-
-    @functools.wraps(function)
-    def collect(
-        *args: Any,
-        from_weight: str | None,
-        hidden_size: int | None,
-        num_hidden_layers: int | None,
-        use_moe: str | None,
-        **kwargs: Any,
-    ) -> Any:
-        return function(*args, minimind=MiniMindBase(from_weight, hidden_size, num_hidden_layers, use_moe), **kwargs)
-
-    for option in (
-        # Upstream turns compilation off for LoRA itself, and here no workers are needed: data is tokenized once.
-        click.option("--use-compile", type=FLAG, expose_value=False, hidden=True),
-        click.option("--num-workers", type=click.IntRange(0), expose_value=False, hidden=True),
-        click.option("--use-moe", type=FLAG, help="1: the weights' file name ends in _moe."),
-        click.option("--num-hidden-layers", type=COUNT, metavar="N", help="Checked against the weights."),
-        click.option("--hidden-size", type=COUNT, metavar="N", help="Part of the weights' file name.  [default: 768]"),
-        click.option(
-            "--from-weight",
-            metavar="NAME",
-            help="MiniMind's base instead of --base: ../out/NAME_<hidden size>[_moe].pth, then in --save-dir.",
-        ),
-    ):
-        collect = option(collect)
-    return collect
 
 
 @click.command(cls=LoraserveCommand)
@@ -295,29 +248,3 @@ def command(
         )
     record = train(base, open_registry(options, base), train_options, sys.stderr).record
     click.echo(f"published {record.name!r} version {record.version} in {record.path}")
-
-
-def with_minimind_base(
-    options: BaseOptions, minimind: MiniMindBase, save_dir: Path | None, explicit_base: bool
-) -> BaseOptions:
-    """The options with the base a MiniMind command line names; unchanged if it names none.
-
-    Raises:
-        UsageError: --base names another.
-        ModelNotFound: the weights are in neither place.
-    """
-    from loraserve.base.resolve import minimind_weights
-
-    if minimind == MiniMindBase(None, None, None, None):
-        return options
-    if explicit_base:
-        if minimind.from_weight is None:
-            return options
-        raise click.UsageError("--base and --from-weight both name a base; give one of them")
-    path = minimind_weights(
-        minimind.from_weight or MINIMIND_WEIGHT,
-        minimind.hidden_size or MINIMIND_HIDDEN_SIZE,
-        minimind.use_moe == "1",
-        save_dir or Path("out"),
-    )
-    return dataclasses.replace(options, base=str(path))
