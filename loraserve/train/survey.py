@@ -56,6 +56,10 @@ class Survey:
     def accepted(self) -> int:
         return len(self._lengths)
 
+    def longest(self, count: int) -> list[int]:
+        """Tokens of the longest `count` rows, in order."""
+        return sorted(self._lengths)[-count:]
+
     def facts(self) -> dict[str, Any]:
         """All counts, as JSON has them."""
         lengths = np.array(self._lengths, np.int64)

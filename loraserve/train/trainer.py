@@ -28,7 +28,7 @@ from loraserve.train.dataset import discard_dataset, open_dataset
 from loraserve.train.figures import figures_of
 from loraserve.train.general import perplexity
 from loraserve.train.initial import start
-from loraserve.train.memory import footprint, plan, resident_bytes
+from loraserve.train.memory import plan_for
 from loraserve.train.options import TrainOptions
 from loraserve.train.preference import Preference, validate
 from loraserve.train.report import Metrics, Progress
@@ -98,12 +98,8 @@ class _Run:
         self.weights = self.start.weights
         dpo = options.objective == "dpo"
         self.preference = Preference(options.beta, self.start.reference()) if dpo else None
-        self.plan = plan(
-            footprint(base.config, self.weights, base.dtype),
-            resident_bytes(base.model),
-            self.dataset.longest(options.batch_size),
-            options.memory_budget,
-        )
+        batch = self.dataset.longest(options.batch_size)
+        self.plan = plan_for(base, self.weights, batch, options.memory_budget)
         self.optimizer = AdapterOptimizer(
             base.model,
             self.weights,
