@@ -98,6 +98,8 @@ class _Run:
         self.weights = self.start.weights
         dpo = options.objective == "dpo"
         self.preference = Preference(options.beta, self.start.reference()) if dpo else None
+        if options.memory_budget is None:  # it takes memory for speed
+            base.model.pack_for_training()
         batch = self.dataset.longest(options.batch_size)
         self.plan = plan_for(base, self.weights, batch, options.memory_budget)
         self.optimizer = AdapterOptimizer(
