@@ -164,7 +164,8 @@ def test_a_bad_validation_file_is_told_apart(client: openai.OpenAI) -> None:
 def test_an_adapter_that_is_worse_than_the_base_is_not_published(client: openai.OpenAI, live: Live) -> None:
     """It learns to be a pirate and is asked whether it speaks as the base does."""
     validation = upload(client, rows(text_of("base"), count=1))
-    job = start(client, "worse", validation_file=validation, hyperparameters=SWIFT)
+    once: Any = {**SWIFT, "n_epochs": 1}
+    job = start(client, "worse", file=upload(client, rows(count=40)), validation_file=validation, hyperparameters=once)
     job = wait_for(client, job.id, "failed")
     assert job.error.code == "training_failed" and job.fine_tuned_model is None
     assert re.search(r"was not published: on validation the base's loss is [\d.]+ and the adapter's", job.error.message)
