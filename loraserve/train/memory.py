@@ -155,6 +155,8 @@ def plan(needs: Footprint, resident: int, batch: Sequence[int], budget: int | No
 def resident_bytes(model: Model) -> int:
     """Bytes in use now: of the process on a CPU, of tensors on a GPU."""
     device = model.lm_head.weight.device
+    for weight in model.parameters():
+        weight.sum()  # of a file that is mapped, what nobody has read is not there yet
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 

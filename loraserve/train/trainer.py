@@ -19,6 +19,7 @@ from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Record, Registry
+from loraserve.train.allocator import give_back_large_tensors
 from loraserve.train.batch import PackedBatch, pack
 from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
@@ -98,8 +99,10 @@ class _Run:
         self.weights = self.start.weights
         dpo = options.objective == "dpo"
         self.preference = Preference(options.beta, self.start.reference()) if dpo else None
-        if options.memory_budget is None:  # it takes memory for speed
+        if options.memory_budget is None:  # the one takes memory for speed, the other speed for memory
             base.model.pack_for_training()
+        else:
+            give_back_large_tensors()
         batch = self.dataset.longest(options.batch_size)
         self.plan = plan_for(base, self.weights, batch, options.memory_budget)
         self.optimizer = AdapterOptimizer(
