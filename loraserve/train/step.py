@@ -1,4 +1,4 @@
-"""Optimizer steps over an adapter's weights; the base never changes.
+"""Optimizer steps over the weights of one adapter, or of several that share each pass; the base never changes.
 
 One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
 
@@ -8,11 +8,16 @@ One step takes a window of micro-batches, adds up their gradients, clips the sum
 With `tokens` a window is exactly one big batch; `mean` is MiniMind's, where experts add their router loss. Weights and
 optimizer state change only at the end of a window, so an interruption inside one leaves the state of the last step.
 float16 scales the loss so that gradients do not vanish.
+
+Adapters that step together lie in one pass, each on its own rows (`advance_together`). A row meets one adapter, so the
+gradient of the sum of their losses is each one's own; loss, scale, clipping and AdamW are one adapter's as if it were
+alone, and what is not finite in one reaches no other.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from loraserve.base.model import Model
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import PackedBatch, RouterLoss, summed_loss
+from loraserve.train.batch import PackedBatch, RouterLoss, passes, summed_losses
 from loraserve.train.schedule import learning_rate
 
 
@@ -73,7 +78,7 @@ class AdapterOptimizer:
         self.step = 0
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
-        self._checkpointing, self._max_rows = checkpointing, max_rows
+        self.checkpointing, self.max_rows = checkpointing, max_rows
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
         self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
@@ -91,25 +96,25 @@ class AdapterOptimizer:
         Raises:
             TrainingFailed: the loss or the gradient is not finite; weights and optimizer are as before the window.
         """
-        window_tokens = sum(batch.num_supervised for batch in window)
-        losses: list[Tensor] = []
-        router = RouterLoss(self.model)
-        for batch in window:
-            losses.append(torch.zeros((), device=self.model.lm_head.weight.device))
-            for part in batch.split(self._max_rows):
-                with router:  # not in the backward pass, which may run blocks again
-                    loss = summed_loss(self.model, part, self.stack, checkpointing=self._checkpointing)
-                losses[-1] += loss.detach() / batch.num_supervised
-                router_loss = router.take()
-                if self._mean:
-                    share = part.num_rows / batch.num_rows
-                    loss = (loss / batch.num_supervised + share * router_loss) / self._accumulation
-                else:
-                    loss = loss / window_tokens
-                self._scaler.scale(loss).backward()
-                if stop():
-                    self._adamw.zero_grad()
-                    return []
+        results = advance_together([self], [window], stop)
+        if results is None:
+            return []
+        if isinstance(results[0], TrainingFailed):
+            raise results[0]
+        return results[0]
+
+    def _to_minimize(
+        self, loss: Tensor, router_loss: Tensor | float, part: PackedBatch, of: "_Window", i: int
+    ) -> Tensor:
+        """What a part of the micro-batch `i` of a window adds to the loss of the window, scaled for float16."""
+        if self._mean:
+            batch = of.batches[i]
+            share = part.num_rows / batch.num_rows
+            return self._scaler.scale((loss / batch.num_supervised + share * router_loss) / self._accumulation)
+        return self._scaler.scale(loss / of.num_supervised)
+
+    def _finish(self, window: Sequence[PackedBatch], losses: Sequence[Tensor]) -> list[StepRecord]:
+        """Step by the gradients that are there; `losses` are the micro-batches' means, for the record."""
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         *values, grad_norm = torch.stack([*losses, norm]).tolist()
@@ -141,7 +146,7 @@ class AdapterOptimizer:
             what, value, step = "gradient", grad_norm, self.step + len(losses)
         else:
             return
-        self._adamw.zero_grad()
+        self._abandon()
         advice = "or --dtype float32" if self.model.lm_head.weight.dtype != torch.float32 else "or a lower --grad-clip"
         raise TrainingFailed(
             f"the {what} became {value} at step {step} of {self._total} (learning rate {rate:.2e}); nothing was "
@@ -168,5 +173,68 @@ class AdapterOptimizer:
         self._adamw.load_state_dict(optimizer)
         self._scaler.load_state_dict(scaler)
 
+    def _abandon(self) -> None:
+        self._adamw.zero_grad()
+
     def _named(self) -> list[tuple[str, str, Tensor]]:
         return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in (("A", w.A), ("B", w.B))]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The micro-batches of one optimizer step of one adapter, and what their losses come to."""
+
+    batches: Sequence[PackedBatch]
+    losses: list[Tensor]
+    """Mean cross-entropy of each."""
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(batch.num_supervised for batch in self.batches)
+
+
+def advance_together(
+    optimizers: Sequence[AdapterOptimizer],
+    windows: Sequence[Sequence[PackedBatch]],
+    stop: Callable[[], bool] = lambda: False,
+) -> list[list[StepRecord] | TrainingFailed] | None:
+    """Take one optimizer step of each of several adapters on one base; their micro-batches share passes.
+
+    Args:
+        optimizers: all with the same `checkpointing` and `max_rows`, which is the limit of a shared pass.
+        windows: of each, its micro-batches; their numbers may differ.
+        stop: asked after every pass; once true all windows are abandoned.
+
+    Returns:
+        of each, a record per micro-batch, or why it could not step, and then its weights and optimizer are as before;
+        None if the windows were abandoned, and then nothing has changed.
+    """
+    lead = optimizers[0]
+    model, device = lead.model, lead.model.lm_head.weight.device
+    stack = AdapterStack([optimizer.weights for optimizer in optimizers])
+    work = [_Window(window, [torch.zeros((), device=device) for _ in window]) for window in windows]
+    router = RouterLoss(model)
+    for i, batches in enumerate(zip_longest(*windows)):
+        present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
+        for parts in passes(present, lead.max_rows):
+            with router:  # not in the backward pass, which may run blocks again
+                losses = summed_losses(model, parts, stack, checkpointing=lead.checkpointing)
+            router_losses = router.take([part.num_rows for _, part in parts])
+            shares = []
+            for (slot, part), loss, router_loss in zip(parts, losses, router_losses, strict=True):
+                window = work[slot]
+                window.losses[i] += loss.detach() / window.batches[i].num_supervised
+                shares.append(optimizers[slot]._to_minimize(loss, router_loss, part, window, i))
+            torch.stack(shares).sum().backward()
+            if stop():
+                for optimizer in optimizers:
+                    optimizer._abandon()
+                return None
+    return [_outcome(optimizer, window) for optimizer, window in zip(optimizers, work, strict=True)]
+
+
+def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] | TrainingFailed:
+    try:
+        return optimizer._finish(window.batches, window.losses)
+    except TrainingFailed as error:
+        return error
