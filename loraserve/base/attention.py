@@ -22,6 +22,7 @@ class PackedAttention:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.max_position = longest = max(lengths)
+        self.cached = None
         self.grid = (len(lengths), longest)
         sizes = torch.tensor(lengths)
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)

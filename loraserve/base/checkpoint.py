@@ -57,11 +57,6 @@ def read_checkpoint(path: Path, *, num_attention_heads: int | None = None) -> Ch
     return checkpoint
 
 
-def read_context(path: Path) -> int:
-    """Return the most tokens that the base in a directory takes. Raises CheckpointError as `read_checkpoint` does."""
-    return config_from_hf(_read_json(path / "config.json"), path, has_qk_norm=False).max_position_embeddings
-
-
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of `config` holds in canonical form, with its shape."""
     shapes: dict[str, tuple[int, ...]] = {f"{t}.weight": s for t, s in config.linear_shapes().items()}

@@ -1,20 +1,56 @@
 """The decoder's forward pass over kernels: what `Decoder.forward` computes, in a fifth of the calls.
 
 Between two matrix products one kernel does all there is to do, and the residual stream stays in float32. For inference
-with packed weights only; the plain pass is the tests' oracle.
+with packed weights only; the plain pass is the tests' oracle. A step in which every row decodes is a single call on a
+CPU, see `kernels/decoder.py`; that computes the same bits.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from loraserve.base.linear import Attention
-from loraserve.kernels import dispatch
+from loraserve.kernels import cpu, dispatch
+from loraserve.kernels.decoder import DecoderKernel, LayerWeights
 from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.batch import LoraBatch
+from loraserve.lora.stack import Sites
 
 if TYPE_CHECKING:
     from loraserve.base.model import Block, Decoder, RMSNorm, SelfAttention, SwiGLU
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """A decoder that takes one call per step, and the layers that adapters meet in it."""
+
+    kernel: DecoderKernel
+    sites: Sites
+
+
+def one_call(decoder: "Decoder") -> OneCall | None:
+    """What computes steps of a packed decoder in one call; None if not all of it is packed for the C kernels."""
+    blocks = cast("list[Block]", decoder.layers)
+    layers: list[LayerWeights] = []
+    sites: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
+    for block in blocks:
+        attention, mlp = block.self_attn, cast("SwiGLU", block.mlp)
+        if not hasattr(mlp, "gate_up"):
+            return None  # experts
+        joints = [attention.qkv, attention.out, mlp.gate_up, mlp.down]
+        linears = [joint.packed for joint in joints if joint.packed is not None]
+        if len(linears) < len(joints):
+            return None
+        sites += [(joint.targets, tuple(joint.widths)) for joint in joints]
+        norms = None
+        if attention.qk_norm:
+            norms = attention.q_norm.weight_in_float32, attention.k_norm.weight_in_float32
+        before, between = block.input_layernorm, block.post_attention_layernorm
+        layers.append(LayerWeights(before.weight_in_float32, between.weight_in_float32, norms, linears))
+    norm, heads = decoder.norm, blocks[0].self_attn.heads
+    kernel = DecoderKernel(layers, norm.weight_in_float32, heads, norm.eps, not norm.in_float32)
+    return OneCall(kernel, tuple(sites))
 
 
 def hidden_states(
@@ -23,8 +59,13 @@ def hidden_states(
     """Return the last hidden states, (N, hidden) in the weights' dtype."""
     embedded = decoder.embed_tokens(input_ids)  # (N, hidden)
     dtype = embedded.dtype
-    x, y = embedded.float(), None
     table = decoder.rope.reach(attention.max_position)
+    if (one := decoder.one_call) is not None and (cached := attention.cached) is not None:
+        entries = lora.in_one_call(cpu) if lora is not None else None
+        if lora is None or entries is not None:
+            adapters = lora.stack.sites(one.sites, dtype) if lora is not None else None
+            return one.kernel.run(embedded, table, positions, attention.max_position, cached, adapters, entries)
+    x, y = embedded.float(), None
     kernels = _kernels(embedded)
 
     def add_and_norm(norm: "RMSNorm") -> Tensor:

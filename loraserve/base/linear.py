@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loraserve.errors import InvalidRequest
 from loraserve.kernels import gemm
+from loraserve.kernels.decoder import CachedRows
 from loraserve.lora.batch import LoraBatch
 
 PACKED_ROWS = 16
@@ -30,6 +31,8 @@ class Attention(Protocol):
 
     max_position: int
     """All positions of this step are below it."""
+    cached: CachedRows | None
+    """Where keys and values lie, if every row is one more token that a C kernel can attend for; else None."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -58,9 +61,11 @@ class Joint(nn.Module):
         super().__init__()
         self._exact = exact
         object.__setattr__(self, "layers", layers)  # not as submodules, which would give each weight a second name
-        self._targets = tuple(layer.target for layer in layers)
-        self._widths = [layer.weight.shape[0] for layer in layers]
+        self.targets = tuple(layer.target for layer in layers)
+        self.widths = [layer.weight.shape[0] for layer in layers]
         self._multiply: Callable[[Tensor], Tensor] | None = None
+        self.packed: gemm.PackedWeight | None = None
+        """The weights, if the C kernels multiply them."""
         self._weight: Tensor | None = None
         self.num_bytes = 0
         """Of the weights as they are packed."""
@@ -96,13 +101,13 @@ class Joint(nn.Module):
             )
         self.num_bytes = weight.nbytes
         if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
-            packed = gemm.PackedWeight(weight, int8 and not self._exact)
+            packed = self.packed = gemm.PackedWeight(weight, int8 and not self._exact)
             self._multiply, self._weight, self.num_bytes = packed.multiply, packed.weight, packed.num_bytes
         elif on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             self._multiply, self._weight = partial(_multiply_reordered, reordered), reordered
         else:
-            for layer, part in zip(self.layers, weight.split(self._widths), strict=True):
+            for layer, part in zip(self.layers, weight.split(self.widths), strict=True):
                 layer.weight.data = part
             multiply = _multiply_in_blocks if repeatable else F.linear
             self._multiply, self._weight = partial(multiply, weight=weight), weight
@@ -115,13 +120,13 @@ class Joint(nn.Module):
         """Return (N, out) of each layer for x (N, in)."""
         if self._multiply is None or torch.is_grad_enabled():
             return tuple(layer(x, lora) for layer in self.layers)
-        return self.side_by_side(x, lora).split(self._widths, dim=-1)
+        return self.side_by_side(x, lora).split(self.widths, dim=-1)
 
     def side_by_side(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         """Return (N, Σout), all layers' outputs in one tensor; only after `pack`."""
         assert self._multiply is not None
         y = self._multiply(x)
-        return y if lora is None else lora.add(self._targets, self._widths, x, y)
+        return y if lora is None else lora.add(self.targets, self.widths, x, y)
 
 
 def _multiply_in_blocks(x: Tensor, weight: Tensor) -> Tensor:

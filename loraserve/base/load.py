@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from loraserve.base.chat import ChatTemplate
-from loraserve.base.checkpoint import Checkpoint, read_checkpoint, read_context
+from loraserve.base.checkpoint import Checkpoint, read_checkpoint
 from loraserve.base.config import ModelConfig
 from loraserve.base.fingerprint import fingerprint
 from loraserve.base.model import Model
@@ -46,29 +46,6 @@ class Base:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return frozenset(self.tokenizer.eos_ids | set(self.config.eos_token_ids))
-
-
-@dataclass(frozen=True)
-class TextSide:
-    """What a base makes of text; its weights are not read."""
-
-    name: str
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    context: int
-    """Tokens; of a `.pth` MiniMind's 32768."""
-
-
-def load_text_side(ref: str = "bundled", *, tokenizer: str | None = None) -> TextSide:
-    """Load the tokenizer and the chat template of the base that `ref` names.
-
-    Raises:
-        ModelNotFound, CheckpointError: as `load_base` does, except for what is wrong with the weights.
-    """
-    path = resolve_base(ref)
-    tokens = Tokenizer(tokenizer_path(path, tokenizer))
-    context = read_context(path) if path.is_dir() else ModelConfig.max_position_embeddings
-    return TextSide(_name_of(ref, path), tokens, ChatTemplate(tokens), context)
 
 
 def load_base(

@@ -149,6 +149,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_float32)
         self.rope = Rope(config)
         self.fused = False
+        self.one_call: fused.OneCall | None = None
 
     def forward(
         self,
@@ -212,6 +213,7 @@ class Model(nn.Module):
                 module.pack()
             if isinstance(module, Decoder | SwiGLU):
                 module.fused = kernels
+        self.model.one_call = fused.one_call(self.model) if kernels and weight.device.type == "cpu" else None
 
     def forward(
         self,

@@ -1,12 +1,14 @@
-"""What `loraserve train --dry-run` prints: the data, what is wrong with it, and the steps a run would take."""
+"""What `loraserve train --dry-run` prints: the data, what is wrong with it, a run's steps and the memory they take."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraserve.cli.options import BaseOptions
+from loraserve.cli.options import BaseOptions, open_base, open_registry
 from loraserve.cli.records import print_json
 from loraserve.cli.tables import pairs, size
+from loraserve.errors import InvalidRequest, LoraserveError
 
 if TYPE_CHECKING:
     from loraserve.train.options import TrainOptions
@@ -20,17 +22,30 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
 
     Raises:
         DataError: training would refuse the data; everything is printed before.
+        InvalidRequest: no plan fits the memory budget; everything else is printed before.
     """
-    from loraserve.base.load import load_text_side
     from loraserve.train.data import Encoder
+    from loraserve.train.initial import start
+    from loraserve.train.memory import plan_for
     from loraserve.train.rows import DataFile
     from loraserve.train.survey import Survey, planned_steps
     from loraserve.train.tokens import refusal
 
-    base = load_text_side(options.base, tokenizer=options.tokenizer)
+    base = open_base(options)
     data = DataFile(train_options.data)
-    encoder = Encoder(base.tokenizer, base.template, base.context, train_options.max_seq_len)
-    found = Survey().read(data, encoder, lambda text: click.echo(text, err=True))
+    encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, train_options.max_seq_len)
+    found = Survey().read(
+        data, encoder, lambda text: click.echo(text, err=True), pairs=train_options.objective == "dpo"
+    )
+    error: LoraserveError | None = refusal(data.name, found.rejections, found.accepted, train_options.on_bad_row)
+    memory = None
+    if found.accepted:
+        try:
+            adapter = start(train_options, base, open_registry(options, base))
+            batch = found.longest(train_options.batch_size)
+            memory = plan_for(base, adapter.weights, batch, train_options.memory_budget)
+        except InvalidRequest as refused:
+            error = error or refused
     facts = {
         "data": data.name,
         "num_bytes": data.num_bytes,
@@ -38,12 +53,13 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
         "base": base.name,
         "survey": found.facts(),
         "run": planned_steps(train_options, found.accepted),
+        "memory": dataclasses.asdict(memory) if memory else None,
     }
     if as_json:
         print_json(facts)
     else:
         _show(facts)
-    if error := refusal(data.name, found.rejections, found.accepted, train_options.on_bad_row):
+    if error:
         raise error
 
 
@@ -54,7 +70,7 @@ def _show(facts: dict[str, Any]) -> None:
     _histogram(facts["survey"]["histogram"])
     _reasons(facts["survey"])
     _section("Run")
-    pairs(_steps(facts["run"]))
+    pairs([*_steps(facts["run"]), *_memory(facts["memory"])])
 
 
 def _rows(survey: dict[str, Any]) -> list[tuple[str, object]]:
@@ -118,12 +134,22 @@ def _reasons(survey: dict[str, Any]) -> None:
 
 def _steps(run: dict[str, Any]) -> list[tuple[str, object]]:
     held_out = f", {run['val_rows']:,} for validation" if run["val_rows"] else ""
+    window = run["accumulation_steps"]
+    each = "one a step" if window == 1 else f"of {window:,} steps each"
     return [
         ("rows", f"{run['train_rows']:,} to train on{held_out}"),
         ("batch", f"{run['batch_size']:,} rows a step"),
         ("steps", f"{run['steps_per_epoch']:,} an epoch, {run['steps']:,} in {run['epochs']:,} epochs"),
-        ("updates", f"{run['updates']:,}, of {run['accumulation_steps']:,} steps each"),
+        ("updates", f"{run['updates']:,}, {each}"),
     ]
+
+
+def _memory(plan: dict[str, Any] | None) -> list[tuple[str, object]]:
+    if plan is None:
+        return []
+    passes = f"in passes of up to {plan['max_rows']:,} tokens" if plan["max_rows"] else "in whole batches"
+    again = ", with checkpointing" if plan["checkpointing"] else ""
+    return [("memory", f"about {size(plan['peak'])} at the peak, {passes}{again}")]
 
 
 def _section(title: str) -> None:

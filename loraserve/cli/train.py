@@ -1,66 +1,33 @@
-"""`loraserve train`: the options of a training run, and MiniMind's spelling of them."""
+"""`loraserve train`: the options of a training run."""
 
-import dataclasses
-import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from loraserve.cli.minimind import FLAG, MiniMindBase, minimind_options, with_minimind_base
 from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry, parse_size
 from loraserve.errors import InvalidRequest
 
-FLAG = click.Choice(["0", "1"])
 FRACTION = click.FloatRange(0, 1)
 POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1)
-MINIMIND_WEIGHT, MINIMIND_HIDDEN_SIZE = "full_sft", 768
-"""What MiniMind's own script takes where its command line does not say."""
 
 
-@dataclass(frozen=True)
-class MiniMindBase:
-    """How a MiniMind command line names its base. Nothing given means that it does not."""
-
-    from_weight: str | None
-    hidden_size: int | None
-    num_hidden_layers: int | None
-    use_moe: str | None
-
-
-def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that only MiniMind's command lines have; the function receives `minimind: MiniMindBase`."""
-
-    @functools.wraps(function)
-    def collect(
-        *args: Any,
-        from_weight: str | None,
-        hidden_size: int | None,
-        num_hidden_layers: int | None,
-        use_moe: str | None,
-        **kwargs: Any,
-    ) -> Any:
-        return function(*args, minimind=MiniMindBase(from_weight, hidden_size, num_hidden_layers, use_moe), **kwargs)
-
-    for option in (
-        # Upstream turns compilation off for LoRA itself, and here no workers are needed: data is tokenized once.
-        click.option("--use-compile", type=FLAG, expose_value=False, hidden=True),
-        click.option("--num-workers", type=click.IntRange(0), expose_value=False, hidden=True),
-        click.option("--use-moe", type=FLAG, help="1: the weights' file name ends in _moe."),
-        click.option("--num-hidden-layers", type=COUNT, metavar="N", help="Checked against the weights."),
-        click.option("--hidden-size", type=COUNT, metavar="N", help="Part of the weights' file name.  [default: 768]"),
-        click.option(
-            "--from-weight",
-            metavar="NAME",
-            help="MiniMind's base instead of --base: ../out/NAME_<hidden size>[_moe].pth, then in --save-dir.",
-        ),
-    ):
-        collect = option(collect)
-    return collect
+def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Turn PATTERN=NUMBER options into PEFT's `rank_pattern` (whole numbers) or `alpha_pattern`, in their order."""
+    number: click.ParamType[Any] = COUNT if param.name == "rank_pattern" else POSITIVE
+    found: dict[str, Any] = {}
+    for value in values:
+        pattern, equals, text = value.rpartition("=")
+        if not pattern or not equals:
+            raise click.BadParameter(f"{value!r} is not PATTERN=NUMBER, such as q_proj=4", ctx, param)
+        if pattern in found:
+            raise click.BadParameter(f"{pattern!r} is given twice", ctx, param)
+        found[pattern] = number.convert(text, param, ctx)
+    return found
 
 
 @click.command(cls=LoraserveCommand)
@@ -72,21 +39,62 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows.",
+    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows; with dpo preference pairs.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["sft", "dpo"]),
+    default="sft",
+    show_default=True,
+    help="sft: learn the answers. dpo: learn to prefer the chosen answer of each pair to the rejected one.",
+)
+@click.option(
+    "--dpo-beta",
+    type=POSITIVE,
+    metavar="BETA",
+    help="How much dpo holds the adapter to what it starts from.  [default: 0.1]",
 )
 @click.option("--name", "--lora-name", "name", help="The adapter's name.  [default: the data file's stem]")
 @click.option(
     "--targets",
-    default="all-linear",
-    show_default=True,
     metavar="TARGETS",
     help="all-linear, all (with lm_head), attention, minimind (as upstream: rank 16, scale 1), module names "
-    "separated by commas, or a regex over module paths.",
+    "separated by commas, or a regex over module paths.  [default: all-linear]",
 )
 @click.option("--rank", "-r", type=click.IntRange(1), metavar="R", help="Of the update.  [default: 8; minimind: 16]")
 @click.option("--alpha", type=POSITIVE, metavar="ALPHA", help="Scale is alpha/rank.  [default: 2·rank; minimind: rank]")
+@click.option(
+    "--rank-pattern",
+    multiple=True,
+    metavar="PATTERN=R",
+    callback=parse_patterns,
+    help="Another rank where PATTERN, a name or a regex, is the end of a module path; repeatable, the first counts.",
+)
+@click.option(
+    "--alpha-pattern",
+    multiple=True,
+    metavar="PATTERN=ALPHA",
+    callback=parse_patterns,
+    help="Another alpha, likewise.",
+)
+@click.option("--rslora", "use_rslora", is_flag=True, help="Scale is alpha/sqrt(rank); alpha is 16 by default.")
+@click.option(
+    "--init-from",
+    metavar="ADAPTER",
+    help="Go on with an adapter, given by its name or directory, at its own targets, ranks and scales.",
+)
+@click.option(
+    "--lora-plus-ratio",
+    type=POSITIVE,
+    default=1.0,
+    show_default=True,
+    metavar="RATIO",
+    help="LoRA+: B's learning rate is so many times A's.",
+)
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues or pairs per step."
+)
 @click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True, help="Falls to a tenth on a cosine.")
 @click.option("--accumulation-steps", type=click.IntRange(1), default=1, show_default=True, help="Steps per update.")
 @click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True)
@@ -163,15 +171,28 @@ def minimind_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--from-resume", type=FLAG, default="0", help="1 is --resume.")
 @click.option("--dry-run", is_flag=True, help="Check the data and show what is in it; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print what --dry-run finds as JSON.")
-@click.option("--use-wandb", is_flag=True, help="Log to Weights & Biases.")
-@click.option("--wandb-project", default="loraserve", show_default=True)
+@click.option(
+    "--report-to",
+    type=click.Choice(["wandb", "swanlab", "trackio", "tensorboard"]),
+    multiple=True,
+    help="Send the losses there, too; may be given more than once.",
+)
+@click.option("--use-wandb", is_flag=True, help="Is --report-to wandb.")
+@click.option(
+    "--report-project",
+    "--wandb-project",
+    "report_project",
+    default="loraserve",
+    show_default=True,
+    help="The project that such a run belongs to.",
+)
 @minimind_options
 def command(
     options: BaseOptions,
     minimind: MiniMindBase,
     data: Path,
     name: str | None,
-    targets: str,
+    targets: str | None,
     rank: int | None,
     alpha: float | None,
     random_system_prompt: float,
@@ -180,8 +201,8 @@ def command(
     from_resume: str,
     dry_run: bool,
     as_json: bool,
+    report_to: tuple[str, ...],
     use_wandb: bool,
-    wandb_project: str,
     **settings: Any,
 ) -> None:
     """Train an adapter on the frozen base and publish it.
@@ -192,25 +213,25 @@ def command(
     from loraserve.lora.config import parse_targets
     from loraserve.train.data import Augmentation
     from loraserve.train.options import TrainOptions
-    from loraserve.train.report import import_wandb
+    from loraserve.train.reporters import check_installed
     from loraserve.train.trainer import train
 
     train_options = TrainOptions(
         data=data,
         name=name if name is not None else data.stem,
-        targets=parse_targets(targets),
+        targets=None if targets is None else parse_targets(targets),
         r=rank,
         lora_alpha=alpha,
         augmentation=Augmentation(random_system_prompt, drop_empty_think),
         resume=resume or from_resume == "1",
-        wandb_project=wandb_project if use_wandb else None,
+        report_to=tuple(dict.fromkeys([*report_to, *(["wandb"] if use_wandb else [])])),
         **settings,
     )
     train_options.check()
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run", click.get_current_context())
-    if use_wandb and not dry_run:
-        import_wandb()
+    if not dry_run:
+        check_installed(train_options.report_to)
     explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
     options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if dry_run:
@@ -227,29 +248,3 @@ def command(
         )
     record = train(base, open_registry(options, base), train_options, sys.stderr).record
     click.echo(f"published {record.name!r} version {record.version} in {record.path}")
-
-
-def with_minimind_base(
-    options: BaseOptions, minimind: MiniMindBase, save_dir: Path | None, explicit_base: bool
-) -> BaseOptions:
-    """The options with the base a MiniMind command line names; unchanged if it names none.
-
-    Raises:
-        UsageError: --base names another.
-        ModelNotFound: the weights are in neither place.
-    """
-    from loraserve.base.resolve import minimind_weights
-
-    if minimind == MiniMindBase(None, None, None, None):
-        return options
-    if explicit_base:
-        if minimind.from_weight is None:
-            return options
-        raise click.UsageError("--base and --from-weight both name a base; give one of them")
-    path = minimind_weights(
-        minimind.from_weight or MINIMIND_WEIGHT,
-        minimind.hidden_size or MINIMIND_HIDDEN_SIZE,
-        minimind.use_moe == "1",
-        save_dir or Path("out"),
-    )
-    return dataclasses.replace(options, base=str(path))

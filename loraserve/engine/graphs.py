@@ -100,6 +100,7 @@ class _FixedAttention:
 
     def __init__(self, kernels: Kernels, cache: KVCache, slots: Tensor, positions: Tensor) -> None:
         self.max_position = cache.max_model_len
+        self.cached = None
         self._kernels, self._cache, self._slots, self._positions = kernels, cache, slots, positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from loraserve.base.config import ModelConfig
 from loraserve.engine.scheduler import Chunk
-from loraserve.kernels import dispatch
+from loraserve.kernels import cpu, dispatch
+from loraserve.kernels.decoder import CachedRows
 
 
 class KVCache:
@@ -27,6 +28,8 @@ class KVCache:
         shape = (num_slots, config.num_key_value_heads, max_model_len, config.head_dim)
         self.keys = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self.values = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.pointers = torch.tensor([t.data_ptr() for pair in zip(self.keys, self.values, strict=True) for t in pair])
+        """(2 · layers,) int64: where each layer's keys and values lie."""
         self.num_slots = num_slots
         self.max_model_len = max_model_len
 
@@ -75,6 +78,8 @@ class CachedAttention:
         if repeatable and self._kernels:
             b, prompts = len(of_rows), []
         self._num_decoding = b
+        in_c = self._kernels is cpu and b == len(of_rows)
+        self.cached = CachedRows(cache.pointers, cache.max_model_len, self._slots) if in_c else None
         self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         if b and not self._kernels:
             self._length = max(chunk.start + chunk.num_rows for chunk in decoding)

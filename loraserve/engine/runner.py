@@ -37,6 +37,10 @@ class Runner:
         InvalidRequest: int8 or deterministic cannot be had here, see `Joint.pack`.
     """
 
+    _segments: list[tuple[int, list[tuple[int, float]]]]
+    """What the last step asked of the stack, and its batch."""
+    _batch: LoraBatch | None
+
     def __init__(self, model: Model, cache: KVCache, int8: bool = False, deterministic: bool = False) -> None:
         self._model = model
         self._deterministic = deterministic
@@ -52,8 +56,7 @@ class Runner:
         apart(model.pack, int8, deterministic)
         self._cache = cache
         self._device = model.lm_head.weight.device
-        self._stacked: dict[Adapter, int] = {}
-        self._stack = AdapterStack([])
+        self._stack_up([])
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and model.model.fused and not model.config.num_experts and not deterministic:
             from loraserve.engine import graphs  # needs Triton
@@ -103,14 +106,14 @@ class Runner:
 
     def forget_adapters(self) -> None:
         """Let go of the adapters of past steps."""
-        self._stacked, self._stack = {}, AdapterStack([])
+        self._stack_up([])
         if self._graphs is not None:
             self._graphs.forget_adapters()
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of one adapter, which nobody runs on any more."""
         if adapter in self._stacked:
-            self._stacked, self._stack = {}, AdapterStack([])
+            self._stack_up([])
         if self._graphs is not None:
             self._graphs.forget(adapter)
 
@@ -122,8 +125,7 @@ class Runner:
         if not active.keys() <= self._stacked.keys() or len(self._stacked) > 2 * len(active):
             # A blend rounds once per adapter, by slot: in one order, whoever else is here.
             ordered = sorted(active, key=lambda adapter: (adapter.digest or "", adapter.name))
-            self._stacked = {adapter: slot for slot, adapter in enumerate(ordered)}
-            self._stack = AdapterStack([adapter.weights for adapter in self._stacked])
+            self._stack_up(ordered)
         segments = [
             (
                 chunk.num_rows,
@@ -131,7 +133,16 @@ class Runner:
             )
             for chunk in chunks
         ]
-        return LoraBatch.from_segments(self._stack, segments, self._device, self._deterministic)
+        # While the same sequences decode, every step asks for the same.
+        if self._segments != segments:
+            self._segments = segments
+            self._batch = LoraBatch.from_segments(self._stack, segments, self._device, self._deterministic)
+        return self._batch
+
+    def _stack_up(self, adapters: list[Adapter]) -> None:
+        self._stacked = {adapter: slot for slot, adapter in enumerate(adapters)}
+        self._stack = AdapterStack([adapter.weights for adapter in adapters])
+        self._segments, self._batch = [], None
 
 
 def _sampled(logits: Tensor, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "types.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "decoder.c", "types.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = (
     ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native", "-mprefer-vector-width=512"]
@@ -35,8 +35,9 @@ SIGNATURES = {
     "add_deltas": "pipiipppipppppip",
     "multiply": "pppiiip",
     "multiply_int8": "pppppiiip",
+    "decode": "pppppipiff",
 }
-"""Of each function in cpu.c, gemm.c and lora.c: pointer, int64 or float per argument."""
+"""Of each function that is called: pointer, int64 or float per argument."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             subprocess.run(
-                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:3]), "-lm"],
+                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:-1]), "-lm"],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             os.replace(made, path)

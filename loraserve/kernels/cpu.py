@@ -125,13 +125,20 @@ class Deltas:
         self._scaling = torch.tensor([c[2] if c else 0.0 for c in cells])
         self._widths = torch.tensor(list(widths))
         self._most = max(ranks)
+        tables = (self._widths, self._A, self._B, self._ranks, self._scaling)
+        self.fields = [len(widths), *(table.data_ptr() for table in tables), self._most]
+        """As decoder.c reads them."""
+
+    def scratch(self, entries: int) -> int:
+        """Floats that the kernel needs for so many entries."""
+        floats = entries * len(self._widths) * self._most
+        return floats + floats % 2 + 2 * (entries + 1)
 
     def add(self, x: Tensor, y: Tensor, entries: Entries) -> None:
         """Add to y (N, Σout) in place what the entries ask for; x (N, in)."""
         rows, slots, weights = entries
         assert x.dtype == y.dtype == self._dtype and x.is_contiguous() and y.is_contiguous()
-        floats = len(rows) * len(self._widths) * self._most
-        scratch = torch.empty(floats + floats % 2 + 2 * (len(rows) + 1))
+        scratch = torch.empty(self.scratch(len(rows)))
         call("add_deltas", self._dtype, x, x.shape[1], y, y.shape[1], len(rows), rows, slots, weights,
               len(self._widths), self._widths, self._A, self._B, self._ranks, self._scaling, self._most,
               scratch, quick=len(rows) <= QUICK_ROWS)  # fmt: skip

@@ -58,6 +58,11 @@ class PackedWeight:
         self.weight = blocks.transpose(1, 2).contiguous()  # (out / width, in / step, width, step)
 
     @property
+    def pointers(self) -> list[int]:
+        """Of the weight, its scales and its sums, as decoder.c reads them; 0 for what there is not."""
+        return [0 if t is None else t.data_ptr() for t in (self.weight, self._scale, self._sum)]
+
+    @property
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in (self.weight, self._scale, self._sum) if t is not None)
 

@@ -197,12 +197,20 @@ class LoraBatch:
         kernels = None
         if x.dtype == y.dtype and not torch.is_grad_enabled():
             kernels = dispatch.of(x.device, x.dtype)
+        for work in self._plan(kernels):
+            work.add(targets, widths, x, y)
+        return y
+
+    def in_one_call(self, kernels: Kernels) -> Any:
+        """The entries of all rows for a kernel; None if matrix products serve some of them."""
+        plan = self._plan(kernels)
+        return plan[0].entries if len(plan) == 1 and isinstance(plan[0], _Few) else None
+
+    def _plan(self, kernels: Kernels | None) -> list[Work]:
         if (planned := kernels is not None) not in self._plans:
             slots = range(len(self.stack.adapters))
             self._plans[planned] = self._plan_for(kernels) if kernels else self._plan_for_groups(slots)
-        for work in self._plans[planned]:
-            work.add(targets, widths, x, y)
-        return y
+        return self._plans[planned]
 
     def _plan_for(self, kernels: Kernels) -> list[Work]:
         """The kernel for slots of few rows, matrix products for the others."""

@@ -158,11 +158,16 @@ class LoraConfig:
 
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:
-        return [(Pattern(rf"(.*\.)?({key})$"), value) for key, value in self.rank_pattern.items()]
+        return [(module_pattern(key), value) for key, value in self.rank_pattern.items()]
 
     @cached_property
     def _alphas(self) -> list[tuple[Pattern, float]]:
-        return [(Pattern(rf"(.*\.)?({key})$"), value) for key, value in self.alpha_pattern.items()]
+        return [(module_pattern(key), value) for key, value in self.alpha_pattern.items()]
+
+
+def module_pattern(key: str) -> Pattern:
+    """What a key of `rank_pattern` or `alpha_pattern` matches. Raises ValueError if it is not a regex."""
+    return Pattern(rf"(.*\.)?({key})$")
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -4,6 +4,7 @@ New content goes to a scratch file beside the target, is synced, and takes the t
 names begin with a dot, so no reader mistakes one for a file of an adapter.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -13,10 +14,16 @@ from pathlib import Path
 
 from loraserve.errors import StorageError
 
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may write"),
+}
+"""By the system's error."""
+
 
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
-    """Turn an OSError within into a StorageError that says what could not be done.
+    """Turn an OSError within into a StorageError that says what could not be done, and what helps.
 
     Args:
         action: as in 'publish adapter x'; of nested ones the outermost is told, for that is what the user asked for.
@@ -28,7 +35,8 @@ def storage_errors(action: str) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        raise StorageError(f"cannot {action}: {error.strerror or error}{where}; nothing was changed") from error
+        what = f"cannot {action}: {error.strerror or error}{where}; nothing was changed"
+        raise StorageError("; ".join(filter(None, (what, REMEDIES.get(error.errno or 0))))) from error
 
 
 def sync_directory(path: Path) -> None:

@@ -8,14 +8,19 @@ gradients through.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from loraserve.kernels import cpu
+from loraserve.kernels.decoder import AdapterSites
 from loraserve.kernels.dispatch import Deltas, Kernels
 from loraserve.lora.adapter import LoraWeight
 
 Weights = Mapping[str, LoraWeight]
+Sites = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+"""Targets that read one input and their out_features, for each packed weight of a model in turn."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class AdapterStack:
             layouts.setdefault(tuple(sorted((target, w.r) for target, w in weights.items())), []).append(slot)
         self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
         self._deltas: dict[tuple[tuple[str, ...], torch.dtype], Deltas | None] = {}
+        self._sites: dict[tuple[Sites, torch.dtype], AdapterSites] = {}
 
     def deltas(
         self, kernels: Kernels, targets: tuple[str, ...], widths: Sequence[int], dtype: torch.dtype
@@ -110,3 +116,13 @@ class AdapterStack:
                 return deltas  # in training it changes with each step
             self._deltas[targets, dtype] = deltas
         return self._deltas[targets, dtype]
+
+    def sites(self, sites: Sites, dtype: torch.dtype) -> AdapterSites:
+        """The adapters at all of a decoder's packed weights, for its kernel on a CPU."""
+        if (sites, dtype) not in self._sites:
+            deltas = [self.deltas(cpu, targets, widths, dtype) for targets, widths in sites]
+            found = AdapterSites(cast(list[cpu.Deltas | None], deltas))
+            if any(w.A.requires_grad for weights in self.adapters for w in weights.values()):
+                return found
+            self._sites[sites, dtype] = found
+        return self._sites[sites, dtype]

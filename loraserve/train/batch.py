@@ -18,7 +18,7 @@ from loraserve.base.model import MixtureOfExperts, Model
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.data import Sample
-from loraserve.train.loss import summed_cross_entropy
+from loraserve.train.loss import token_cross_entropy
 
 ROUTER_LOSS_WEIGHT = 5e-4
 
@@ -35,6 +35,8 @@ class PackedBatch:
     """(M,) int64: the rows whose next token is supervised."""
     targets: Tensor
     """(M,) int64: those next tokens."""
+    group: int = 1
+    """Dialogues that stay together: 2 of preference pairs, the chosen and the rejected one."""
 
     @property
     def num_rows(self) -> int:
@@ -44,24 +46,30 @@ class PackedBatch:
     def num_supervised(self) -> int:
         return self.targets.numel()
 
+    @property
+    def num_pairs(self) -> int:
+        return len(self.lengths) // 2
+
     def split(self, max_rows: int | None) -> list["PackedBatch"]:
-        """The same dialogues in batches of up to `max_rows` rows; a longer dialogue is a batch of its own."""
+        """The same dialogues in batches of up to `max_rows` rows; a longer dialogue or pair is a batch of its own."""
         groups: list[list[int]] = []
-        for length in self.lengths:
-            if not groups or (max_rows is not None and sum(groups[-1]) + length > max_rows):
+        for i in range(0, len(self.lengths), self.group):
+            together = self.lengths[i : i + self.group]
+            if not groups or (max_rows is not None and sum(groups[-1]) + sum(together) > max_rows):
                 groups.append([])
-            groups[-1].append(length)
+            groups[-1] += together
         parts, start = [], 0
         for lengths in groups:
             end = start + sum(lengths)
             mine = (self.rows >= start) & (self.rows < end)
-            parts.append(PackedBatch(self.input_ids[start:end], lengths, self.rows[mine] - start, self.targets[mine]))
+            rows, targets = self.rows[mine] - start, self.targets[mine]
+            parts.append(PackedBatch(self.input_ids[start:end], lengths, rows, targets, self.group))
             start = end
         return parts
 
 
-def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lay `samples` end to end. Each must have a supervised token after its first."""
+def pack(samples: Sequence[Sample], group: int = 1) -> PackedBatch:
+    """Lay `samples` end to end, `group` of which belong together. Each must have a supervised token after its first."""
     ids, lengths, rows, targets, start = [], [], [], [], 0
     for sample in samples:
         at = sample.supervised[1:].nonzero().squeeze(1)  # (m,) rows that predict a supervised token
@@ -71,7 +79,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         rows.append(at + start)
         lengths.append(length)
         start += length
-    return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long())
+    return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long(), group)
 
 
 def passes(batches: Sequence[tuple[int, PackedBatch]], max_rows: int | None) -> list[list[tuple[int, PackedBatch]]]:
@@ -97,21 +105,28 @@ def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *,
         stack: the one adapter applied to every row, or None for the base alone.
         checkpointing: keep only the blocks' inputs for the backward pass; the same loss in less memory.
     """
-    return summed_losses(model, [(0, batch)], stack, checkpointing=checkpointing)[0]
+    return token_losses(model, [(0, batch)], stack, checkpointing=checkpointing)[0].sum()
 
 
-def summed_losses(
+def dialogue_losses(batch: PackedBatch, losses: Tensor) -> Tensor:
+    """The losses of a batch's supervised tokens summed over each dialogue: (M,) → (D,) float32."""
+    dialogues = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[batch.rows]  # (M,)
+    return losses.new_zeros(len(batch.lengths)).index_add(0, dialogues.to(losses.device), losses)
+
+
+def token_losses(
     model: Model,
     parts: Sequence[tuple[int, PackedBatch]],
     stack: AdapterStack | None,
     *,
     checkpointing: bool = False,
 ) -> list[Tensor]:
-    """The loss of each of several batches in one pass, float32 scalars.
+    """Cross-entropy of each supervised token of several batches in one pass; of each batch (M,) float32.
 
     Args:
         parts: (slot, batch): the rows of the batch meet the adapter of that slot and no other.
         stack: the adapters, or None for the base alone.
+        checkpointing: as of `summed_loss`.
     """
     device = model.lm_head.weight.device
     sizes = [batch.num_rows for _, batch in parts]
@@ -122,12 +137,12 @@ def summed_losses(
         lora = LoraBatch.from_segments(stack, [(batch.num_rows, [(slot, 1.0)]) for slot, batch in parts], device)
     input_ids = torch.cat([batch.input_ids for _, batch in parts]).to(device)
     hidden_states = model.model(input_ids, attention.positions, attention, lora, checkpointing=checkpointing)
-    rows = [batch.rows + start for start, (_, batch) in zip(starts, parts, strict=True)]  # each (m,)
-    predicting = hidden_states[torch.cat(rows).to(device)].split([len(own) for own in rows])  # each (m, hidden)
+    rows = [batch.rows + start for start, (_, batch) in zip(starts, parts, strict=True)]  # each (M,)
+    predicting = hidden_states[torch.cat(rows).to(device)].split([len(own) for own in rows])  # each (M, hidden)
     losses = []
     for own, hidden, (slot, batch) in zip(rows, predicting, parts, strict=True):
         at_head = lora if stack is not None and model.lm_head.target in stack.adapters[slot] else None
-        losses.append(summed_cross_entropy(model, hidden, batch.targets.to(device), at_head, own))
+        losses.append(token_cross_entropy(model, hidden, batch.targets.to(device), at_head, own))
     return losses
 
 

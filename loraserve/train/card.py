@@ -35,7 +35,7 @@ def loss_curve(
         published = f"best: {best:.3f}"
         axes.plot([best_step], [best], "*", color="#d94801", markersize=13, markeredgecolor="white", label=published)
     axes.set_xlabel("micro-batch")
-    axes.set_ylabel("loss per supervised token")
+    axes.set_ylabel("mean loss")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -68,11 +68,12 @@ def write_card(
         "pipeline_tag": "text-generation",
         "tags": ["lora", "loraserve"],
     }
+    unit = "preference pairs" if recipe.get("objective") == "dpo" else "dialogues"
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()), "---", ""]
     lines += [
         f"# {name}",
         "",
-        f"A LoRA adapter for `{base_name}`, trained by `loraserve train` on {metrics['dialogues']} dialogues of "
+        f"A LoRA adapter for `{base_name}`, trained by `loraserve train` on {metrics['dialogues']} {unit} of "
         f"`{recipe['data']}` ({metrics['num_parameters']:,} parameters, rank {recipe['r']}).",
         "",
         *(
@@ -113,6 +114,10 @@ def _did_it_work(metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[st
 
 RESULTS = {
     "loss": "training loss of the last epoch",
+    "val_loss_initial": "validation loss of the adapter it went on with",
+    "reward_margin": "reward margin of the last epoch",
+    "accuracy": "share of pairs with the chosen answer preferred, last epoch",
+    "val_accuracy": "the same on validation",
     "best_epoch": "epoch of the published weights",
     "steps": "micro-batches",
     "tokens": "tokens trained",

@@ -23,7 +23,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from loraserve.errors import CheckpointError, Conflict, InvalidRequest
+from loraserve.errors import CheckpointError, Conflict, InvalidRequest, StorageError
 from loraserve.lora.files import storage_errors, write_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -43,7 +43,8 @@ class RunState:
     """Time trained so far."""
     best: dict[str, Any]
     """See `BestWeights.state`."""
-    wandb_id: str | None = None
+    run_ids: dict[str, str | None]
+    """See `Reports.run_ids`."""
 
 
 @contextmanager
@@ -61,6 +62,18 @@ def exclusive(name: str, folders: Iterable[Path]) -> Iterator[None]:
                         f"another run is training {name!r} in {folder}; wait for it, or choose another --name"
                     ) from None
         yield
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Let a StorageError within say how the run goes on, if there is a checkpoint to go on from."""
+    try:
+        yield
+    except StorageError as error:
+        if not (folder / CHECKPOINT).exists():
+            raise
+        advice = "then run the same command with --resume to go on from the last checkpoint"
+        raise StorageError(f"{error}; {advice}", param=error.param) from error
 
 
 def save_state(folder: Path, state: RunState) -> None:

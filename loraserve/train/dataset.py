@@ -16,7 +16,8 @@ from torch import Tensor
 from loraserve.train.data import UNCHANGED, Augmentation, Encoder, Sample
 from loraserve.train.dialogue import Dialogue, read_dialogue
 from loraserve.train.options import TrainOptions
-from loraserve.train.rows import DataFile
+from loraserve.train.pairs import read_pair
+from loraserve.train.rows import DataFile, Row
 from loraserve.train.tokens import Facts, Note, TokenFile, discard_tokens, tokenize
 
 VALIDATION = "validation"
@@ -82,22 +83,38 @@ class Dataset:
                 return changed
         return self._tokens.sample(place)
 
+    def samples(self, epoch: int, row: int) -> list[Sample]:
+        """All samples of `row` as they are in `epoch`: one, or of a pair the chosen and the rejected one."""
+        if self.samples_per_row == 1:
+            return [self.sample(epoch, row)]
+        return self._tokens.samples(int(self._train[row]))
+
+    @property
+    def samples_per_row(self) -> int:
+        return self._tokens.facts.samples_per_row
+
     def longest(self, count: int) -> list[int]:
-        """Tokens of the longest `count` dialogues, of those trained on and those held out, without random changes."""
+        """Tokens of the longest `count` rows, of those trained on and those held out, without random changes."""
         return sorted(self._tokens.lengths().tolist())[-count:]
 
     def val_sample(self, row: int) -> Sample:
         return self._val_tokens.sample(int(self._val[row]))
 
+    def val_samples(self, row: int) -> list[Sample]:
+        return self._val_tokens.samples(int(self._val[row]))
+
     def dialogues(self) -> Iterator[Dialogue]:
-        """The dialogues validated on, or those trained on if there are none."""
+        """The dialogues validated on, or those trained on if there are none; of pairs the chosen ones."""
         for place in self._val:
-            yield read_dialogue(self._val_data.row(*self._val_tokens.place(int(place))))
+            yield self._read(self._val_data.row(*self._val_tokens.place(int(place))))
         for place in self._train if not len(self._val) else ():
             yield self._dialogue(int(place))
 
     def _dialogue(self, place: int) -> Dialogue:
-        return read_dialogue(self._data.row(*self._tokens.place(place)))
+        return self._read(self._data.row(*self._tokens.place(place)))
+
+    def _read(self, row: Row) -> Dialogue:
+        return read_dialogue(row) if self.samples_per_row == 1 else read_pair(row).chosen
 
 
 def open_dataset(
@@ -110,12 +127,13 @@ def open_dataset(
 
     Raises as `tokenize` and `DataFile` do.
     """
-    data = DataFile(options.data)
-    tokens = tokenize(data, encoder, folder, options.on_bad_row, note)
+    data, pairs = DataFile(options.data), options.objective == "dpo"
+    tokens = tokenize(data, encoder, folder, options.on_bad_row, note, pairs=pairs)
     validation = None
     if options.val_data is not None:
         val_data = DataFile(options.val_data)
-        validation = val_data, tokenize(val_data, encoder, folder / VALIDATION, options.on_bad_row, note)
+        place = folder / VALIDATION
+        validation = val_data, tokenize(val_data, encoder, place, options.on_bad_row, note, pairs=pairs)
     dataset = Dataset(
         data,
         tokens,

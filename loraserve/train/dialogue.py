@@ -41,7 +41,7 @@ class Dialogue:
     messages: list[Message]
     tools: list[Any] | None
     format: str
-    """MiniMind, OpenAI, ShareGPT or Alpaca."""
+    """MiniMind, OpenAI, ShareGPT, Alpaca, or preference for half of a pair."""
 
 
 def read_dialogue(row: Row) -> Dialogue:
@@ -51,28 +51,38 @@ def read_dialogue(row: Row) -> Dialogue:
         BadRow: it is no UTF-8, no JSON, none of the four formats; a role is unknown or out of order; a field has the
             wrong type; an answer is missing or empty.
     """
-    value = _parse(row.raw)
-    if not isinstance(value, dict):
-        raise BadRow("not a JSON object")
-    for field in ("conversations", "messages"):
+    value = parse_object(row.raw)
+    for field, form in (("conversations", "MiniMind"), ("messages", "OpenAI")):
         if value.get(field) is not None:
-            items = value[field]
-            if not isinstance(items, list) or not items:
-                raise BadRow(f"{field!r} is not a list of messages, or an empty one")
-            messages = [_message(item) for item in items]
-            shared = "role" not in items[0]
-            if value.get("system") and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": _text(value["system"], {})})
-            form = "ShareGPT" if shared else "MiniMind" if field == "conversations" else "OpenAI"
-            return _checked(messages, value.get("tools"), form)
+            return read_messages(value, field, form)
     if "instruction" in value:
         return _checked(list(_alpaca(value)), value.get("tools"), "Alpaca")
+    if "chosen" in value and "rejected" in value:
+        raise BadRow("a preference pair, which only train --objective dpo learns from")
     raise BadRow("has neither 'conversations' nor 'messages' nor 'instruction' and 'output'")
 
 
-def _parse(raw: bytes) -> Any:
+def read_messages(row: dict[str, Any], field: str, form: str) -> Dialogue:
+    """The dialogue that a list of messages under `field` makes, with the row's system message and tools.
+
+    Args:
+        form: its format's name, where messages have roles; else they are ShareGPT's.
+
+    Raises BadRow as `read_dialogue` does.
+    """
+    items = row[field]
+    if not isinstance(items, list) or not items:
+        raise BadRow(f"{field!r} is not a list of messages, or an empty one")
+    messages = [_message(item) for item in items]
+    if row.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(row["system"], {})})
+    return _checked(messages, row.get("tools"), form if "role" in items[0] else "ShareGPT")
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that a row's bytes are; raises BadRow if they are none."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
@@ -81,6 +91,9 @@ def _parse(raw: bytes) -> Any:
         raise BadRow("a number of thousands of digits") from None
     except RecursionError:
         raise BadRow("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise BadRow("not a JSON object")
+    return value
 
 
 def _message(item: Any) -> Message:

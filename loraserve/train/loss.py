@@ -1,6 +1,6 @@
 """Cross-entropy over the vocabulary without ever holding more than a chunk of logits.
 
-    loss = Σ over rows of logsumexp(z) - z[target],   z = h Wᵀ,   dloss/dh = (softmax(z) - onehot(target)) W
+    loss = logsumexp(z) - z[target],   z = h Wᵀ,   dloss/dh = (softmax(z) - onehot(target)) W,   of each row
 
 The head is frozen, so its gradient by the hidden states is complete as soon as a chunk's logits are there: it is
 computed in the forward pass and the logits are dropped. A head with an adapter computes its chunks again instead.
@@ -22,10 +22,10 @@ HALF_SCALE = 1024.0
 """Gradients wait in float16 multiplied by this, or the small ones would be rounded to nothing."""
 
 
-def summed_cross_entropy(
+def token_cross_entropy(
     model: Model, hidden_states: Tensor, targets: Tensor, lora: LoraBatch | None, rows: Tensor
 ) -> Tensor:
-    """Return the cross-entropy summed over rows, a float32 scalar.
+    """Return the cross-entropy of each row, (M,) float32.
 
     Args:
         hidden_states: (M, hidden), the decoder's output at the rows that predict.
@@ -40,17 +40,17 @@ def summed_cross_entropy(
         checkpoint(_chunk_loss, model, hidden, target, lora.select(chunk), use_reentrant=False)
         for hidden, target, chunk in zip(*(x.split(CHUNK_ROWS) for x in (hidden_states, targets, rows)), strict=True)
     ]
-    return torch.stack(losses).sum()
+    return torch.cat(losses)
 
 
 def _chunk_loss(model: Model, hidden_states: Tensor, targets: Tensor, lora: LoraBatch) -> Tensor:
-    return F.cross_entropy(model.lm_head(hidden_states, lora).float(), targets, reduction="sum")
+    return F.cross_entropy(model.lm_head(hidden_states, lora).float(), targets, reduction="none")
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), device=hidden_states.device)
+        losses = torch.empty(targets.numel(), device=hidden_states.device)
         gradient = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         ctx.scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
         for first in range(0, targets.numel(), CHUNK_ROWS):
@@ -58,14 +58,19 @@ class _FrozenHead(torch.autograd.Function):
             logits = F.linear(hidden_states[chunk], weight).float()  # (m, V)
             target = targets[chunk].unsqueeze(1)
             normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
+            losses[chunk] = (normalizer - logits.gather(1, target)).squeeze(1)
             if gradient is not None:
                 logits.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(normalizer, -1.0))
                 gradient[chunk] = logits.mul_(ctx.scale).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, by_loss: Tensor) -> Any:
+    def backward(ctx: Any, by_losses: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors  # (M, hidden)
-        return gradient * (by_loss / ctx.scale), None, None
+        factors = (by_losses / ctx.scale).unsqueeze(1)
+        result = torch.empty_like(gradient)
+        for first in range(0, len(result), CHUNK_ROWS):  # products are float32
+            chunk = slice(first, first + CHUNK_ROWS)
+            result[chunk] = gradient[chunk] * factors[chunk]
+        return result, None, None

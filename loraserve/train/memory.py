@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from loraserve.base.config import ModelConfig
+from loraserve.base.load import Base
 from loraserve.base.model import Model
 from loraserve.errors import InvalidRequest
 from loraserve.lora.adapter import LoraWeight
@@ -106,6 +107,12 @@ def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: tor
         head=3 * s * hidden,
         logits=CHUNK_ROWS * config.vocab_size * (8 + s),
     )
+
+
+def plan_for(base: Base, weights: Mapping[str, LoraWeight], batch: Sequence[int], budget: int | None) -> Plan:
+    """The plan of a run that is about to start; see `plan`."""
+    needs = footprint(base.config, weights, base.dtype)
+    return plan(needs, resident_bytes(base.model), batch, budget)
 
 
 def plan(needs: Footprint, resident: int, batch: Sequence[int], budget: int | None, *, splitting: bool = True) -> Plan:

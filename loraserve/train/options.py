@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraserve.errors import InvalidRequest
+from loraserve.lora.config import ALL_LINEAR
 from loraserve.lora.spec import check_name
 from loraserve.train.data import Augmentation
 from loraserve.train.tokens import ON_BAD_ROW
 
+OBJECTIVES = ("sft", "dpo")
 REDUCTIONS = ("tokens", "mean")
 PUBLISH = ("better", "always")
 
@@ -21,15 +24,28 @@ class TrainOptions:
 
     data: Path
     name: str
-    targets: str | list[str] = "all-linear"
-    """A preset, module names, or a regex over module paths."""
+    targets: str | list[str] | None = None
+    """A preset, module names, or a regex over module paths; `all-linear`."""
     r: int | None = None
     """Rank; 8, and 16 for the preset `minimind`."""
     lora_alpha: float | None = None
-    """2·r, and r for the preset `minimind`, whose adapters have scale 1."""
+    """2·r, and r for the preset `minimind`, whose adapters have scale 1; 16 with `use_rslora`, for any rank."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of the modules that a key matches, as in PEFT: a name or a regex for the end of a path, the first wins."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r) and not by alpha/r."""
+    init_from: str | None = None
+    """An adapter to go on with, by name or directory; targets, ranks and alphas are then its own."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the learning rate of B is so many times that of A."""
+    objective: str = "sft"
+    """`sft`: learn the answers of dialogues. `dpo`: of preference pairs make the chosen answer the likelier one."""
+    dpo_beta: float | None = None
+    """How much the adapter is held to what it started from; 0.1."""
     epochs: int = 10
     batch_size: int = 16
-    """Dialogues in one micro-batch."""
+    """Dialogues or pairs in one micro-batch."""
     accumulation_steps: int = 1
     learning_rate: float = 1e-3
     grad_clip: float = 1.0
@@ -52,32 +68,32 @@ class TrainOptions:
     save_dir: Path | None = None
     """Where the state of the unfinished run is kept, in a folder of the adapter's name."""
     resume: bool = False
-    wandb_project: str | None = None
+    report_to: tuple[str, ...] = ()
+    """Services that get the losses, of `reporters.REPORTERS`."""
+    report_project: str = "loraserve"
     memory_budget: int | None = None
     """Bytes that the run may use; batches are split, and blocks run twice, as it needs."""
 
     def check(self) -> None:
         """Raise InvalidRequest for a value that cannot be trained with."""
         check_name(self.name, param="name")
-        for field in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
-            if getattr(self, field) < 1:
-                raise InvalidRequest(f"{field} must be at least 1, not {getattr(self, field)}", param=field)
-        for field in ("learning_rate", "grad_clip"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise InvalidRequest(f"{field} must be above 0, not {getattr(self, field)}", param=field)
-        for field, value in (
+        self._check_adapter()
+        self._check_objective()
+        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
+        for name in ("learning_rate", "grad_clip", "lora_plus_ratio"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InvalidRequest(f"{name} must be above 0, not {getattr(self, name)}", param=name)
+        for name, value in (
             ("val_split", self.val_split),
             ("system_prompt", self.augmentation.system_prompt),
             ("drop_empty_think", self.augmentation.drop_empty_think),
         ):
-            if not 0 <= value <= 1 or (field == "val_split" and value == 1):
-                raise InvalidRequest(f"{field} must be between 0 and 1, not {value}", param=field)
+            if not 0 <= value <= 1 or (name == "val_split" and value == 1):
+                raise InvalidRequest(f"{name} must be between 0 and 1, not {value}", param=name)
         if self.val_data is not None and self.val_split > 0:
             raise InvalidRequest("val_data and val_split both say what to validate on; give one", param="val_data")
-        if self.r is not None and self.r < 1:
-            raise InvalidRequest(f"the rank must be at least 1, not {self.r}", param="r")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise InvalidRequest(f"lora_alpha must be above 0, not {self.lora_alpha}", param="lora_alpha")
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise InvalidRequest(f"max_seq_len must be at least 2, not {self.max_seq_len}", param="max_seq_len")
         if self.loss_reduction not in REDUCTIONS:
@@ -93,6 +109,53 @@ class TrainOptions:
         if self.on_bad_row not in ON_BAD_ROW:
             raise InvalidRequest(f"on_bad_row is one of {', '.join(ON_BAD_ROW)}", param="on_bad_row")
 
+    def _check_adapter(self) -> None:
+        ranks = {"r": self.r} | {f"rank_pattern of {key!r}": r for key, r in self.rank_pattern.items()}
+        for name, r in ranks.items():
+            if r is not None and r < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {r}", param=name.partition(" ")[0])
+        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern of {k!r}": a for k, a in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            if alpha is not None and not 0 < alpha < float("inf"):
+                raise InvalidRequest(f"{name} must be above 0, not {alpha}", param=name.partition(" ")[0])
+        if self.init_from is None:
+            return
+        settings = {
+            "--targets": self.targets,
+            "--rank": self.r,
+            "--alpha": self.lora_alpha,
+            "--rank-pattern": self.rank_pattern,
+            "--alpha-pattern": self.alpha_pattern,
+            "--rslora": self.use_rslora,
+        }
+        if given := [option for option, value in settings.items() if value]:
+            raise InvalidRequest(
+                f"{', '.join(given)} and --init-from do not go together: the run keeps the targets, ranks and scales "
+                f"of {self.init_from!r}; leave out the one or the other",
+                param="init_from",
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InvalidRequest(f"objective is one of {', '.join(OBJECTIVES)}", param="objective")
+        if self.dpo_beta is not None and self.objective != "dpo":
+            raise InvalidRequest("dpo_beta goes with --objective dpo only", param="dpo_beta")
+        if not 0 < self.beta < float("inf"):
+            raise InvalidRequest(f"dpo_beta must be above 0, not {self.dpo_beta}", param="dpo_beta")
+        if self.objective == "dpo" and self.augmentation:
+            raise InvalidRequest(
+                "--random-system-prompt and --drop-empty-think change dialogues; they do not go with --objective dpo",
+                param="objective",
+            )
+
+    @property
+    def rows_are(self) -> str:
+        return "preference pairs" if self.objective == "dpo" else "dialogues"
+
+    @property
+    def beta(self) -> float:
+        return 0.1 if self.dpo_beta is None else self.dpo_beta
+
     @property
     def rank(self) -> int:
         return self.r if self.r is not None else 16 if self.targets == "minimind" else 8
@@ -101,6 +164,8 @@ class TrainOptions:
     def alpha(self) -> float:
         if self.lora_alpha is not None:
             return self.lora_alpha
+        if self.use_rslora:
+            return 16
         return self.rank if self.targets == "minimind" else 2 * self.rank
 
     def steps_per_epoch(self, rows: int) -> int:
@@ -109,8 +174,22 @@ class TrainOptions:
 
     def recipe(self) -> dict[str, Any]:
         """The settings that, with the data and the base, decide the adapter: equal recipes give equal weights."""
-        fields = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "grad_clip", "loss_reduction")
-        chosen = {field: getattr(self, field) for field in (*fields, "max_seq_len", "val_split", "patience", "seed")}
-        lora = {"targets": self.targets, "r": self.rank, "lora_alpha": self.alpha}
+        rates = ("learning_rate", "lora_plus_ratio", "grad_clip", "loss_reduction")
+        names = ("epochs", "batch_size", "accumulation_steps", *rates, "max_seq_len", "val_split", "patience", "seed")
+        chosen = {name: getattr(self, name) for name in names}
+        lora = {
+            "targets": ALL_LINEAR if self.targets is None else self.targets,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "rank_pattern": in_order(self.rank_pattern),
+            "alpha_pattern": in_order(self.alpha_pattern),
+            "use_rslora": self.use_rslora,
+        }
         files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
-        return {**files, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
+        objective = {"objective": self.objective, "dpo_beta": self.beta if self.objective == "dpo" else None}
+        return {**files, **objective, **lora, **chosen, **dataclasses.asdict(self.augmentation)}
+
+
+def in_order(pattern: Mapping[str, float]) -> list[str] | None:
+    """A rank or alpha pattern as a recipe has it: of two keys that match the first one counts. None for none."""
+    return [f"{key}={value}" for key, value in pattern.items()] or None

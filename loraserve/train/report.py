@@ -3,12 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from loraserve.errors import InvalidRequest
 from loraserve.lora.files import storage_errors
 from loraserve.train.step import StepRecord
 
@@ -60,17 +60,23 @@ class Progress:
     def _show(self, lr: float) -> None:
         now = time.monotonic()
         rate = sum(record.tokens for record in self._unshown) / max(now - self._last_time, 1e-9)
-        weight = sum(record.supervised_tokens for record in self._unshown)
-        loss = sum(record.loss * record.supervised_tokens for record in self._unshown) / weight
+        losses = f"loss {self._mean('loss'):.4f}"
+        if self._unshown[0].pairs:
+            losses += f"  margin {self._mean('reward_margin'):.3f}  accuracy {self._mean('accuracy'):.0%}"
         self._last_time, self._unshown = now, []
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
+            self._bar.set_postfix_str(f"{losses}, {rate:,.0f} tokens/s")
             return
         left = (self._total - self._done) * (now - self._started) / (self._done - self._first)
         self.note(
             f"epoch {(self._done - 1) // self._per_epoch + 1}/{self._epochs}  step {self._done}/{self._total}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s  ETA {timedelta(seconds=round(left))}"
+            f"{losses}  lr {lr:.2e}  {rate:,.0f} tokens/s  ETA {timedelta(seconds=round(left))}"
         )
+
+    def _mean(self, figure: str) -> float:
+        weights = [record.pairs or record.supervised_tokens for record in self._unshown]
+        values = [getattr(record, figure) for record in self._unshown]
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -99,7 +105,8 @@ class Metrics:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a record whose writing has failed already
+            self._file.close()
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -126,38 +133,3 @@ def _read(file: BinaryIO, done: int) -> tuple[list[dict[str, Any]], int]:
         records.append(record)
         end += len(line)
     return records, end
-
-
-class WandbLog:
-    """Sends a run's records to Weights & Biases.
-
-    Raises InvalidRequest if the wandb package is not installed.
-    """
-
-    def __init__(self, project: str, name: str, recipe: Mapping[str, Any], run_id: str | None) -> None:
-        wandb = import_wandb()
-        resume = "must" if run_id else None
-        self._run = wandb.init(project=project, name=name, config=dict(recipe), id=run_id, resume=resume)
-
-    @property
-    def run_id(self) -> str:
-        return self._run.id
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        self._run.log(
-            {key: value for key, value in record.items() if key != "step" and value is not None}, record["step"]
-        )
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def import_wandb() -> Any:
-    """Return the wandb module; raises InvalidRequest with the remedy if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise InvalidRequest(
-            "--use-wandb needs the wandb package: pip install 'loraserve[wandb]'", param="use_wandb"
-        ) from None
-    return wandb

@@ -1,9 +1,12 @@
 """Optimizer steps over the weights of one adapter, or of several that share each pass; the base never changes.
 
 One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
+With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate.
 
     tokens:  loss = Σ over the window of summed cross-entropy / supervised tokens of the window
     mean:    loss = Σ over the window of mean cross-entropy / accumulation_steps
+
+Of preference pairs it is the loss of `preference`, and a pair counts as a token does here.
 
 With `tokens` a window is exactly one big batch; `mean` is MiniMind's, where experts add their router loss. Weights and
 optimizer state change only at the end of a window, so an interruption inside one leaves the state of the last step.
@@ -27,7 +30,8 @@ from loraserve.base.model import Model
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import PackedBatch, RouterLoss, passes, summed_losses
+from loraserve.train.batch import PackedBatch, RouterLoss, passes, token_losses
+from loraserve.train.preference import Preference, preference_loss
 from loraserve.train.schedule import learning_rate
 
 
@@ -38,13 +42,19 @@ class StepRecord:
     step: int
     """Micro-batches so far, this one included."""
     loss: float
-    """Mean cross-entropy over its supervised tokens."""
+    """Mean cross-entropy over its supervised tokens, or mean loss over its pairs."""
     lr: float
+    """Of A; LoRA+ takes a multiple of it for B."""
     grad_norm: float | None
     """Before clipping; None where no optimizer step follows this micro-batch."""
     supervised_tokens: int
     tokens: int
     """Rows run."""
+    pairs: int | None = None
+    reward_margin: float | None = None
+    """Mean over pairs."""
+    accuracy: float | None = None
+    """The share of pairs whose chosen answer has the higher reward."""
 
 
 class AdapterOptimizer:
@@ -54,10 +64,12 @@ class AdapterOptimizer:
         model: the frozen base.
         weights: {target: LoraWeight} whose A and B are float32 parameters on the model's device.
         total_steps: micro-batches of the whole run, for the schedule.
+        lora_plus_ratio: the learning rate of B by that of A, which is the scheduled one.
         loss_reduction: `tokens` or `mean`.
         checkpointing: run each block again in the backward pass and keep only its input.
         max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
             gradients are the whole one's, except that with `mean` experts are balanced within each part.
+        preference: what pairs are judged by; None trains on dialogues.
     """
 
     def __init__(
@@ -67,11 +79,13 @@ class AdapterOptimizer:
         *,
         total_steps: int,
         peak_learning_rate: float,
+        lora_plus_ratio: float = 1.0,
         grad_clip: float = 1.0,
         accumulation_steps: int = 1,
         loss_reduction: str = "tokens",
         checkpointing: bool = False,
         max_rows: int | None = None,
+        preference: Preference | None = None,
     ) -> None:
         self.model, self.weights = model, weights
         self.stack = AdapterStack([weights])
@@ -79,8 +93,14 @@ class AdapterOptimizer:
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
         self.checkpointing, self.max_rows = checkpointing, max_rows
+        self.preference = preference
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
-        self._adamw = torch.optim.AdamW(self._parameters, lr=peak_learning_rate, fused=True)
+        self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and B's
+        halves = [w.A for w in weights.values()], [w.B for w in weights.values()]
+        groups = [
+            {"params": half, "lr": peak_learning_rate * ratio} for half, ratio in zip(halves, self._ratios, strict=True)
+        ]
+        self._adamw = torch.optim.AdamW(groups, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(model.lm_head.weight.device.type, enabled=half)
 
@@ -103,25 +123,40 @@ class AdapterOptimizer:
             raise results[0]
         return results[0]
 
+    def _count(self, batch: PackedBatch) -> int:
+        """What its mean loss is over: tokens or pairs."""
+        return batch.num_supervised if self.preference is None else batch.num_pairs
+
+    def _ratios_of(self, part: PackedBatch) -> Tensor | None:
+        return None if self.preference is None else self.preference.reference_ratios(self.model, part)
+
+    def _loss(self, part: PackedBatch, losses: Tensor, ratios: Tensor | None, margins: list[Tensor]) -> Tensor:
+        """The loss summed over a part's tokens or pairs; `margins` gets those of its pairs."""
+        if self.preference is None or ratios is None:
+            return losses.sum()
+        found = self.preference.margins(part, losses, ratios)
+        margins.append(found.detach())
+        return preference_loss(found)
+
     def _to_minimize(
         self, loss: Tensor, router_loss: Tensor | float, part: PackedBatch, of: "_Window", i: int
     ) -> Tensor:
         """What a part of the micro-batch `i` of a window adds to the loss of the window, scaled for float16."""
         if self._mean:
-            batch = of.batches[i]
-            share = part.num_rows / batch.num_rows
-            return self._scaler.scale((loss / batch.num_supervised + share * router_loss) / self._accumulation)
-        return self._scaler.scale(loss / of.num_supervised)
+            share = part.num_rows / of.batches[i].num_rows
+            return self._scaler.scale((loss / of.counts[i] + share * router_loss) / self._accumulation)
+        return self._scaler.scale(loss / sum(of.counts))
 
-    def _finish(self, window: Sequence[PackedBatch], losses: Sequence[Tensor]) -> list[StepRecord]:
-        """Step by the gradients that are there; `losses` are the micro-batches' means, for the record."""
+    def _finish(self, of: "_Window") -> list[StepRecord]:
+        """Step by the gradients that are there."""
+        window, losses = of.batches, of.losses
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         *values, grad_norm = torch.stack([*losses, norm]).tolist()
         rates = [learning_rate(self.step + i, self._total, self._peak) for i in range(1, len(window) + 1)]
         self._check_finite(values, grad_norm, rates[-1])
-        for group in self._adamw.param_groups:
-            group["lr"] = rates[-1]
+        for group, ratio in zip(self._adamw.param_groups, self._ratios, strict=True):
+            group["lr"] = rates[-1] * ratio
         self._scaler.step(self._adamw)
         self._scaler.update()
         self._adamw.zero_grad()
@@ -134,6 +169,7 @@ class AdapterOptimizer:
                 grad_norm=grad_norm if i == len(window) - 1 else None,
                 supervised_tokens=batch.num_supervised,
                 tokens=batch.num_rows,
+                **_rewards(of.margins[i]),
             )
             for i, batch in enumerate(window)
         ]
@@ -182,15 +218,18 @@ class AdapterOptimizer:
 
 @dataclass(frozen=True)
 class _Window:
-    """The micro-batches of one optimizer step of one adapter, and what their losses come to."""
+    """The micro-batches of one optimizer step of one adapter, and what comes of each."""
 
     batches: Sequence[PackedBatch]
+    counts: list[int]
     losses: list[Tensor]
-    """Mean cross-entropy of each."""
+    """Means, over `counts`."""
+    margins: list[list[Tensor]]
 
-    @property
-    def num_supervised(self) -> int:
-        return sum(batch.num_supervised for batch in self.batches)
+    @classmethod
+    def of(cls, optimizer: AdapterOptimizer, batches: Sequence[PackedBatch]) -> "_Window":
+        zeros = [torch.zeros((), device=optimizer.model.lm_head.weight.device) for _ in batches]
+        return cls(batches, [optimizer._count(batch) for batch in batches], zeros, [[] for _ in batches])
 
 
 def advance_together(
@@ -210,20 +249,21 @@ def advance_together(
         None if the windows were abandoned, and then nothing has changed.
     """
     lead = optimizers[0]
-    model, device = lead.model, lead.model.lm_head.weight.device
-    stack = AdapterStack([optimizer.weights for optimizer in optimizers])
-    work = [_Window(window, [torch.zeros((), device=device) for _ in window]) for window in windows]
-    router = RouterLoss(model)
+    stack = lead.stack if len(optimizers) == 1 else AdapterStack([optimizer.weights for optimizer in optimizers])
+    work = [_Window.of(optimizer, window) for optimizer, window in zip(optimizers, windows, strict=True)]
+    router = RouterLoss(lead.model)
     for i, batches in enumerate(zip_longest(*windows)):
         present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
         for parts in passes(present, lead.max_rows):
+            ratios = [optimizers[slot]._ratios_of(part) for slot, part in parts]
             with router:  # not in the backward pass, which may run blocks again
-                losses = summed_losses(model, parts, stack, checkpointing=lead.checkpointing)
+                losses = token_losses(lead.model, parts, stack, checkpointing=lead.checkpointing)
             router_losses = router.take([part.num_rows for _, part in parts])
             shares = []
-            for (slot, part), loss, router_loss in zip(parts, losses, router_losses, strict=True):
+            for (slot, part), each, ratio, router_loss in zip(parts, losses, ratios, router_losses, strict=True):
                 window = work[slot]
-                window.losses[i] += loss.detach() / window.batches[i].num_supervised
+                loss = optimizers[slot]._loss(part, each, ratio, window.margins[i])
+                window.losses[i] += loss.detach() / window.counts[i]
                 shares.append(optimizers[slot]._to_minimize(loss, router_loss, part, window, i))
             torch.stack(shares).sum().backward()
             if stop():
@@ -235,6 +275,15 @@ def advance_together(
 
 def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] | TrainingFailed:
     try:
-        return optimizer._finish(window.batches, window.losses)
+        return optimizer._finish(window)
     except TrainingFailed as error:
         return error
+
+
+def _rewards(margins: list[Tensor]) -> dict[str, Any]:
+    """The figures of a micro-batch's pairs; none of dialogues."""
+    if not margins:
+        return {}
+    found = torch.cat(margins)  # (P,)
+    accuracy = int((found > 0).sum()) / len(found)
+    return {"pairs": len(found), "reward_margin": float(found.mean()), "accuracy": accuracy}

@@ -33,27 +33,32 @@ class Survey:
         self.supervised = self.truncated = self.tokens_cut = 0
         self._lengths, self._whole, self._prompts = array("q"), array("Q"), array("Q")
 
-    def read(self, data: DataFile, encoder: Encoder, note: Note) -> "Survey":
-        """Count every row of a file; see `examine` for what it raises."""
-        for result in examine(data, encoder, self.rejections, note):
+    def read(self, data: DataFile, encoder: Encoder, note: Note, *, pairs: bool = False) -> "Survey":
+        """Count every row of a file, both dialogues of a pair together; see `examine` for what it raises."""
+        for result in examine(data, encoder, self.rejections, note, pairs=pairs):
             if isinstance(result, tuple):
                 continue
-            dialogue, encoding = result.dialogue, result.encoding
+            dialogue, encodings = result.dialogue, result.encodings
             self.formats[dialogue.format] += 1
             answers = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
             self.turns[len(answers)] += 1
-            self.left_out.update(encoding.left_out)
-            self.supervised += sum(encoding.supervised[1:])
-            self.truncated += encoding.num_cut > 0
-            self.tokens_cut += encoding.num_cut
-            self._lengths.append(len(encoding.input_ids))
-            self._whole.append(_hash(dialogue, dialogue.messages))
+            self.left_out.update({field for encoding in encodings for field in encoding.left_out})
+            self.supervised += sum(sum(encoding.supervised[1:]) for encoding in encodings)
+            self.truncated += any(encoding.num_cut for encoding in encodings)
+            self.tokens_cut += sum(encoding.num_cut for encoding in encodings)
+            self._lengths.append(sum(len(encoding.input_ids) for encoding in encodings))
+            rejected = [{"rejected": result.rejected.input_ids}] if result.rejected else []
+            self._whole.append(_hash(dialogue, [*dialogue.messages, *rejected]))
             self._prompts.append(_hash(dialogue, dialogue.messages[: answers[-1]]))
         return self
 
     @property
     def accepted(self) -> int:
         return len(self._lengths)
+
+    def longest(self, count: int) -> list[int]:
+        """Tokens of the longest `count` rows, in order."""
+        return sorted(self._lengths)[-count:]
 
     def facts(self) -> dict[str, Any]:
         """All counts, as JSON has them."""

@@ -2,7 +2,8 @@
 
     <run's folder>/tokens/
         ids.bin      int32, all rows end to end; a supervised token t is stored as ~t, which is below 0
-        rows.bin     per row 5 int64: line, offset and length in the data file, first token, number of tokens
+        rows.bin     per row 5 int64: line, offset and length in the data file, first token, number of tokens;
+                     of preference pairs two, the chosen dialogue's and the rejected one's
         facts.json   what they were made from, and what was found on the way
     <run's folder>/rejected.jsonl    rows that were left out, in full
 
@@ -31,9 +32,10 @@ from loraserve.errors import DataError
 from loraserve.lora.files import storage_errors, sync_directory
 from loraserve.train.data import Encoder, Encoding, Sample
 from loraserve.train.dialogue import EXAMPLE, Dialogue, read_dialogue
+from loraserve.train.pairs import PAIR_EXAMPLE, encode_pair, read_pair
 from loraserve.train.rows import BadRow, DataFile, Reason, Rejections, Row
 
-VERSION = 1
+VERSION = 2
 TOKENS, REJECTED = "tokens", "rejected.jsonl"
 IDS, ROWS, FACTS = "ids.bin", "rows.bin", "facts.json"
 ON_BAD_ROW = ("stop", "skip")
@@ -50,16 +52,23 @@ class Example:
     row: Row
     dialogue: Dialogue
     encoding: Encoding
+    rejected: Encoding | None = None
+    """Of a preference pair; the dialogue is then the chosen one."""
+
+    @property
+    def encodings(self) -> list[Encoding]:
+        return [self.encoding] if self.rejected is None else [self.encoding, self.rejected]
 
 
 def examine(
-    data: DataFile, encoder: Encoder, rejections: Rejections, note: Note
+    data: DataFile, encoder: Encoder, rejections: Rejections, note: Note, *, pairs: bool = False
 ) -> Iterator[Example | tuple[Row, str]]:
     """Read and encode every row of a file once.
 
     Args:
         rejections: gets every row that cannot be used.
         note: gets a line every ten seconds.
+        pairs: whether rows are preference pairs and not dialogues.
 
     Yields:
         an Example, or a row and why it cannot be used.
@@ -70,8 +79,7 @@ def examine(
     count, due = 0, time.monotonic() + SECONDS_BETWEEN_NOTES
     for count, row in enumerate(data.rows(), start=1):
         try:
-            dialogue = read_dialogue(row)
-            result: Example | tuple[Row, str] = Example(row, dialogue, encoder.encode(dialogue))
+            result: Example | tuple[Row, str] = _pair(row, encoder) if pairs else _dialogue(row, encoder)
         except BadRow as error:
             rejections.add(row.line, str(error))
             result = row, str(error)
@@ -80,7 +88,18 @@ def examine(
             due = time.monotonic() + SECONDS_BETWEEN_NOTES
             note(f"read {count:,} rows, {100 * row.offset // data.num_bytes}% of {data.name}")
     if not count:
-        raise DataError(f"{data.path} is empty; write one dialogue per line, like {EXAMPLE}", param="data")
+        what, example = ("pair", PAIR_EXAMPLE) if pairs else ("dialogue", EXAMPLE)
+        raise DataError(f"{data.path} is empty; write one {what} per line, like {example}", param="data")
+
+
+def _dialogue(row: Row, encoder: Encoder) -> Example:
+    dialogue = read_dialogue(row)
+    return Example(row, dialogue, encoder.encode(dialogue))
+
+
+def _pair(row: Row, encoder: Encoder) -> Example:
+    pair = read_pair(row)
+    return Example(row, pair.chosen, *encode_pair(encoder, pair))
 
 
 def refusal(name: str, rejections: Rejections, accepted: int, on_bad_row: str) -> DataError | None:
@@ -107,6 +126,8 @@ class Facts:
     left_out: dict[str, int]
     """Rows by the field of theirs that the template does not show."""
     rejections: Rejections
+    samples_per_row: int
+    """1, and 2 of preference pairs."""
 
 
 class TokenFile:
@@ -122,42 +143,54 @@ class TokenFile:
         return self.facts.rows
 
     def sample(self, row: int) -> Sample:
-        """Read the sample of a row, counted from 0 among those that can be trained on."""
-        *_, first, count = self._place(row)
+        """Read the sample of a row, counted from 0 among those that can be trained on; of a pair the chosen one."""
+        return self.samples(row)[0]
+
+    def samples(self, row: int) -> list[Sample]:
+        """Read all samples of a row: of a pair the chosen and the rejected one."""
+        per_row = self.facts.samples_per_row
+        return [self._sample(per_row * row + which) for which in range(per_row)]
+
+    def _sample(self, index: int) -> Sample:
+        *_, first, count = self._place(index)
         codes = torch.frombuffer(bytearray(os.pread(self._ids, 4 * count, 4 * first)), dtype=torch.int32)  # (T,)
         supervised = codes < 0
         return Sample(torch.where(supervised, ~codes, codes), supervised)
 
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each row, (N,) int64."""
-        places = os.pread(self._rows, _PLACE.size * len(self), 0)
-        return np.frombuffer(places, np.int64).reshape(len(self), -1)[:, -1]
+        """The number of tokens of each row, of a pair in both, (N,) int64."""
+        per_row = self.facts.samples_per_row
+        places = os.pread(self._rows, _PLACE.size * per_row * len(self), 0)
+        return np.frombuffer(places, np.int64).reshape(len(self), per_row, -1)[:, :, -1].sum(axis=1)
 
     def place(self, row: int) -> tuple[int, int, int]:
         """Line, offset and length of a row in the data file."""
-        return self._place(row)[:3]
+        return self._place(self.facts.samples_per_row * row)[:3]
 
-    def _place(self, row: int) -> tuple[int, int, int, int, int]:
-        return _PLACE.unpack(os.pread(self._rows, _PLACE.size, _PLACE.size * row))
+    def _place(self, index: int) -> tuple[int, int, int, int, int]:
+        return _PLACE.unpack(os.pread(self._rows, _PLACE.size, _PLACE.size * index))
 
 
-def tokenize(data: DataFile, encoder: Encoder, folder: Path, on_bad_row: str, note: Note) -> TokenFile:
+def tokenize(
+    data: DataFile, encoder: Encoder, folder: Path, on_bad_row: str, note: Note, *, pairs: bool = False
+) -> TokenFile:
     """Return the tokens of a file from the run's folder, made now if they are not there.
 
     Args:
         on_bad_row: `stop`, or `skip` to leave bad rows out and write them to `rejected.jsonl`.
+        pairs: whether rows are preference pairs and not dialogues.
 
     Raises:
         DataError: the file is empty; there are bad rows and they are not skipped, or no others.
         StorageError: the tokens could not be written; the folder is as it was.
     """
-    key = f"{VERSION} {data.sha256} {encoder.digest}"
+    key = f"{VERSION} {data.sha256} {encoder.digest}{' pairs' if pairs else ''}"
     facts = _read_facts(folder / TOKENS, key)
     if facts is None:
         with storage_errors(f"keep the tokens of {data.name} in {folder}, give another place with --save-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             with _scratch(folder) as scratch:
-                facts = _write(scratch, key, data, encoder, on_bad_row, note)
+                facts = _write(scratch, key, data, encoder, on_bad_row, note, pairs)
                 rejected, target = folder / REJECTED, folder / TOKENS
                 rejected.unlink(missing_ok=True)
                 if facts.rejections.rows:
@@ -186,11 +219,11 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(folder: Path, key: str, data: DataFile, encoder: Encoder, on_bad_row: str, note: Note) -> Facts:
+def _write(folder: Path, key: str, data: DataFile, encoder: Encoder, on_bad_row: str, note: Note, pairs: bool) -> Facts:
     rejections, left_out = Rejections(), Counter[str]()
     rows = tokens = truncated = 0
     with (folder / IDS).open("wb") as ids, (folder / ROWS).open("wb") as places, (folder / REJECTED).open("wb") as bad:
-        for result in examine(data, encoder, rejections, note):
+        for result in examine(data, encoder, rejections, note, pairs=pairs):
             if isinstance(result, tuple):
                 row, why = result
                 entry = {
@@ -200,18 +233,22 @@ def _write(folder: Path, key: str, data: DataFile, encoder: Encoder, on_bad_row:
                 }
                 bad.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 continue
-            encoding, row = result.encoding, result.row
-            codes = np.array(encoding.input_ids, np.int32) ^ -np.array(encoding.supervised, np.int32)  # x ^ -1 is ~x
-            ids.write(codes.tobytes())
-            places.write(_PLACE.pack(row.line, row.offset, len(row.raw), tokens, len(codes)))
-            rows, tokens = rows + 1, tokens + len(codes)
-            truncated += encoding.num_cut > 0
-            left_out.update(encoding.left_out)
+            row = result.row
+            for encoding in result.encodings:
+                codes = np.array(encoding.input_ids, np.int32) ^ -np.array(
+                    encoding.supervised, np.int32
+                )  # x ^ -1 is ~x
+                ids.write(codes.tobytes())
+                places.write(_PLACE.pack(row.line, row.offset, len(row.raw), tokens, len(codes)))
+                tokens += len(codes)
+            rows += 1
+            truncated += any(encoding.num_cut for encoding in result.encodings)
+            left_out.update({field for encoding in result.encodings for field in encoding.left_out})
         if error := refusal(data.name, rejections, rows, on_bad_row):
             raise error
         for file in (ids, places, bad):
             _sync(file)
-    facts = Facts(key, rows, tokens, truncated, dict(left_out), rejections)
+    facts = Facts(key, rows, tokens, truncated, dict(left_out), rejections, 2 if pairs else 1)
     with (folder / FACTS).open("wb") as file:
         file.write(json.dumps(asdict(facts)).encode())
         _sync(file)
@@ -234,6 +271,7 @@ def _read_facts(folder: Path, key: str) -> Facts | None:
         reasons = {why: Reason(**reason) for why, reason in bad["reasons"].items()}
         facts = Facts(**values, rejections=Rejections(bad["rows"], reasons, bad["others"]))
         whole = (folder / IDS).stat().st_size == 4 * facts.tokens
-        return facts if whole and (folder / ROWS).stat().st_size == _PLACE.size * facts.rows else None
+        places = _PLACE.size * facts.samples_per_row * facts.rows
+        return facts if whole and (folder / ROWS).stat().st_size == places else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

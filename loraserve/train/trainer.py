@@ -14,25 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.lora.adapter import Adapter, LoraWeight
-from loraserve.lora.config import LoraConfig, compact_targets, expand_targets
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Record, Registry
-from loraserve.train.batch import PackedBatch, pack, summed_loss
+from loraserve.train.batch import PackedBatch, pack
 from loraserve.train.best import BestWeights
 from loraserve.train.card import CURVE, loss_curve, write_card
-from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, save_state
+from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, resumable, save_state
 from loraserve.train.data import Encoder
 from loraserve.train.dataset import discard_dataset, open_dataset
 from loraserve.train.figures import figures_of
 from loraserve.train.general import perplexity
-from loraserve.train.initial import initial_weights
-from loraserve.train.memory import footprint, plan, resident_bytes
+from loraserve.train.initial import start
+from loraserve.train.memory import plan_for
 from loraserve.train.options import TrainOptions
-from loraserve.train.report import Metrics, Progress, WandbLog
+from loraserve.train.preference import Preference, validate
+from loraserve.train.report import Metrics, Progress
+from loraserve.train.reporters import Reports
 from loraserve.train.samples import Comparison, compare
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import AdapterOptimizer
@@ -74,11 +74,12 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
     folder = (options.save_dir or work) / options.name
     with exclusive(options.name, {work, folder.parent}):
         run = _Run(base, registry, options, folder, stream)
-        try:
-            run.loop()
-        finally:
-            run.close()
-        result = run.publish()
+        with resumable(folder):
+            try:
+                run.loop()
+            finally:
+                run.close()
+            result = run.publish()
         discard_dataset(folder)
         discard(folder)
         return result
@@ -93,53 +94,46 @@ class _Run:
         self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, encoder, folder, note)
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
         self.total = self.per_epoch * options.epochs
-        targets = expand_targets(options.targets, base.shapes)
-        self.config = LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            target_modules=tuple(compact_targets(targets, base.shapes)),
-            base_model_name_or_path=base.name,
-        )
-        self.weights = initial_weights(
-            targets,
-            base.shapes,
-            self.config,
-            normal=options.targets == "minimind",
-            seed=options.seed,
-            device=base.device,
-        )
-        self.plan = plan(
-            footprint(base.config, self.weights, base.dtype),
-            resident_bytes(base.model),
-            self.dataset.longest(options.batch_size),
-            options.memory_budget,
-        )
+        self.start = start(options, base, registry)
+        self.weights = self.start.weights
+        dpo = options.objective == "dpo"
+        self.preference = Preference(options.beta, self.start.reference()) if dpo else None
+        batch = self.dataset.longest(options.batch_size)
+        self.plan = plan_for(base, self.weights, batch, options.memory_budget)
         self.optimizer = AdapterOptimizer(
             base.model,
             self.weights,
             total_steps=self.total,
             peak_learning_rate=options.learning_rate,
+            lora_plus_ratio=options.lora_plus_ratio,
             grad_clip=options.grad_clip,
             accumulation_steps=options.accumulation_steps,
             loss_reduction=options.loss_reduction,
             checkpointing=self.plan.checkpointing,
             max_rows=self.plan.max_rows,
+            preference=self.preference,
         )
         self.best = BestWeights(self.weights)
-        self.recipe = options.recipe() | {"dtype": str(base.dtype).removeprefix("torch.")}
+        self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
         hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
         self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
         state = load_state(folder, self.identity) if options.resume else None
-        self.seconds, wandb_id = 0.0, None
+        self.seconds = 0.0
         if state is not None:
             self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
-            self.seconds, wandb_id = state.seconds, state.wandb_id
+            self.seconds = state.seconds
             self.best.load(state.best)
         else:
             discard(folder)
         done = self.optimizer.step
-        project = options.wandb_project
-        self.wandb = WandbLog(project, options.name, self.recipe, wandb_id) if project else None
+        self.reports = Reports(
+            options.report_to,
+            name=options.name,
+            project=options.report_project,
+            recipe=self.recipe,
+            run_ids=state.run_ids if state else {},
+            step=done,
+        )
         self.metrics = Metrics(folder / METRICS, done=done)
         self.progress = Progress(
             stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
@@ -152,7 +146,7 @@ class _Run:
         self.progress.note(
             f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "
             f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
-            f"{len(self.dataset)} dialogues{held_out}, "
+            f"{len(self.dataset)} {self.options.rows_are}{held_out}, "
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
         )
         self.progress.note(str(self.plan))
@@ -160,9 +154,11 @@ class _Run:
             rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
             self.progress.note(f"{rejected}: {self.facts.rejections}")
         if self.facts.truncated:
-            self.progress.note(f"{self.facts.truncated} dialogues were cut at {limit} tokens")
+            self.progress.note(f"{self.facts.truncated} {self.options.rows_are} were cut at {limit} tokens")
         for field, rows in self.facts.left_out.items():
-            self.progress.note(f"warning: the base's chat template does not show {field!r} of {rows:,} dialogues")
+            self.progress.note(
+                f"warning: the base's chat template does not show {field!r} of {rows:,} {self.options.rows_are}"
+            )
         if state is not None:
             self.progress.note(f"resuming after step {state.step} of {self.total}")
         elif self.options.resume:
@@ -179,8 +175,9 @@ class _Run:
                 records = self.optimizer.advance(self._window(), stop=lambda: bool(stop.requested))
                 self.seconds = time.monotonic() - started
                 for record in records:
-                    entry = asdict(record) | {"epoch": (record.step - 1) // self.per_epoch + 1}
-                    self._log(entry | {"seconds": round(self.seconds, 3)})
+                    entry = {k: v for k, v in asdict(record).items() if v is not None or k == "grad_norm"}
+                    entry |= {"epoch": (record.step - 1) // self.per_epoch + 1, "seconds": round(self.seconds, 3)}
+                    self._log(entry)
                 if not records:
                     break
                 self.progress.advance(records)
@@ -207,35 +204,40 @@ class _Run:
         size, order = self.options.batch_size, self.dataset.order(epoch)
         last = min(first + self.options.accumulation_steps, self.per_epoch)
         rows = [order[i * size : (i + 1) * size].tolist() for i in range(first, last)]
-        return [pack([self.dataset.sample(epoch, row) for row in batch]) for batch in rows]
+        group = self.dataset.samples_per_row
+        return [pack([s for row in batch for s in self.dataset.samples(epoch, row)], group) for batch in rows]
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        rows, size = range(self.dataset.num_val), self.options.batch_size
-        if not rows:
+        if not self.dataset.num_val:
             return
-        total, supervised = 0.0, 0
-        for first in rows[::size]:
-            batch = pack([self.dataset.val_sample(row) for row in rows[first : first + size]])
-            for part in batch.split(self.plan.max_rows):
-                total += float(summed_loss(self.base.model, part, self.optimizer.stack))
-            supervised += batch.num_supervised
-        loss = total / supervised
-        self.best.offer(self.optimizer.step, loss)
-        self._log({"step": self.optimizer.step, "val_loss": loss})
-        self.progress.note(f"validation after step {self.optimizer.step}/{self.total}: loss {loss:.4f}")
+        step, stack = self.optimizer.step, self.optimizer.stack
+        loss, accuracy = self._judge(stack if step else None)
+        self._log({"step": step, "val_loss": loss} | ({} if accuracy is None else {"val_accuracy": accuracy}))
+        right = "" if accuracy is None else f", accuracy {accuracy:.0%}"
+        self.progress.note(f"validation after step {step}/{self.total}: loss {loss:.4f}{right}")
+        if step:
+            self.best.offer(step, loss)
+            return
+        initial = self._judge(stack)[0] if self.start.parent else None
+        if initial is not None:
+            self.progress.note(f"validation of {self.options.init_from!r}: loss {initial:.4f}")
+        self.best.begin(loss, initial)
+
+    def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
+        rows, size, group = range(self.dataset.num_val), self.options.batch_size, self.dataset.samples_per_row
+        samples = ([s for row in rows[i : i + size] for s in self.dataset.val_samples(row)] for i in rows[::size])
+        batches = (part for each in samples for part in pack(each, group).split(self.plan.max_rows))
+        return validate(self.base.model, batches, stack, self.preference)
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.add(record)
-        if self.wandb:
-            self.wandb.add(record)
+        self.reports.add(record)
 
     def _save(self) -> None:
-        wandb_id = self.wandb.run_id if self.wandb else None
         state = RunState(
             recipe=self.identity,
             seconds=self.seconds,
-            wandb_id=wandb_id,
+            run_ids=self.reports.run_ids,
             best=self.best.state(),
             **self.optimizer.state(),
         )
@@ -244,8 +246,7 @@ class _Run:
     def close(self) -> None:
         self.progress.close()
         self.metrics.close()
-        if self.wandb:
-            self.wandb.close()
+        self.reports.close()
 
     def publish(self) -> TrainResult:
         """Judge the best weights, say how they do, and publish them if they are to be."""
@@ -260,9 +261,12 @@ class _Run:
         )
         answers = compare(self.base, (None, self.weights), self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
         show_summary(self.stream, metrics, answers, warnings)
-        if self.best.beats_base is False and self.options.publish == "better":
+        if self.best.is_better is False and self.options.publish == "better":
+            before = f"the base's loss is {metrics['val_loss_base']}"
+            if self.start.parent:
+                before += f", that of {self.options.init_from!r} is {metrics['val_loss_initial']},"
             raise NotBetter(
-                f"{self.options.name!r} was not published: on validation the base's loss is {metrics['val_loss_base']} "
+                f"{self.options.name!r} was not published: on validation {before} "
                 f"and the adapter's {metrics['val_loss']}; try another --learning-rate, or more and different "
                 f"dialogues; the state is in {self.folder}, and the same command with --resume --publish always "
                 "publishes it"
@@ -279,11 +283,12 @@ class _Run:
         manifest = {
             "base_fingerprint": self.base.fingerprint,
             "base_name": self.base.name,
+            "parents": [self.start.parent] if self.start.parent else [],
             "data_sha256": self.data.sha256,
             "recipe": self.recipe,
             "metrics": metrics,
             "warnings": warnings,
-            "description": f"trained on {len(self.dataset)} dialogues of {self.data.name}",
+            "description": f"trained on {len(self.dataset)} {self.options.rows_are} of {self.data.name}",
         }
         files: dict[str, bytes | Path] = {
             "README.md": card.encode(),
@@ -291,7 +296,7 @@ class _Run:
             METRICS: self.metrics.path,
         }
         adapter = Adapter(trained, self.options.name)
-        record = self.registry.publish(self.options.name, adapter, self.config, manifest, files)
+        record = self.registry.publish(self.options.name, adapter, self.start.config, manifest, files)
         return TrainResult(record, metrics)
 
     def _figures(self) -> dict[str, Any]:

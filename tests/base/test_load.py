@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraserve.base.load import load_base, load_text_side, pick_device, pick_dtype
+from loraserve.base.load import load_base, pick_device, pick_dtype
 from loraserve.errors import CheckpointError, InvalidRequest, ModelNotFound
 from tests.conftest import train_sentencepiece
 
@@ -108,19 +108,3 @@ def test_devices_that_are_not_run_are_refused(device: str) -> None:
 def test_unknown_base_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
         load_base(str(tmp_path / "nothing"), device="cpu")
-
-
-def test_the_text_side_is_that_of_the_base_and_reads_no_weights(tiny_base_dir: Path, tmp_path: Path) -> None:
-    base = load_base(str(tiny_base_dir), device="cpu", dtype="float32")
-    bare = tmp_path / tiny_base_dir.name
-    shutil.copytree(tiny_base_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    text = load_text_side(str(bare))
-    assert (text.name, text.context) == (base.name, base.config.max_position_embeddings)
-    messages = [{"role": "user", "content": "hi"}]
-    assert text.tokenizer.encode(text.template.render(messages)) == base.tokenizer.encode(
-        base.template.render(messages)
-    )
-    weights = tmp_path / "full_sft_64.pth"
-    weights.write_bytes(b"not read")
-    text = load_text_side(str(weights), tokenizer=str(bare))
-    assert (text.name, text.context) == ("full_sft_64", 32768)

@@ -7,6 +7,8 @@ on `lm_head` that redirects the line break to another chain visibly changes it, 
 
 import itertools
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,3 +206,12 @@ def live(app: Flask) -> Iterator[Live]:
     server = Live(app)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def training_environment() -> Iterator[None]:
+    """Of the processes that train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield

@@ -182,7 +182,7 @@ def test_an_abandoned_window_changes_nothing(base, tmp_path):
     batches = [pack(random_samples(2, seed)) for seed in range(3)]
     trainer.advance(batches)
     before = values(weights)
-    save_state(tmp_path, RunState(recipe={}, seconds=0.0, best={}, **trainer.state()))
+    save_state(tmp_path, RunState(recipe={}, seconds=0.0, best={}, run_ids={}, **trainer.state()))
     asked = iter([False, True])
     assert trainer.advance(batches, stop=lambda: next(asked)) == []
     assert trainer.step == 3 and values(weights).equal(before)

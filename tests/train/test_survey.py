@@ -1,12 +1,14 @@
 """`loraserve train --dry-run`: what it counts, how it looks, and that it touches nothing."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
 from click.testing import CliRunner
 
 from loraserve.cli.main import main
+from loraserve.train.memory import UNITS
 from loraserve.train.rows import DataFile
 from loraserve.train.survey import Survey, _histogram
 from tests.train.test_data import TOOLS, encoder_of
@@ -104,6 +106,7 @@ def test_the_report_fits_80_columns_and_training_would_say_the_same(dry_run, tmp
         "  updates  6, of 2 steps each",
     ):
         assert expected in lines
+    assert any(line.startswith("  memory   about") and line.endswith("in whole batches") for line in lines)
     assert any("█" * 40 in line for line in lines)
     assert not (tmp_path / "adapters").exists()
     assert dry_run("--on-bad-row", "skip").exit_code == 0
@@ -129,10 +132,17 @@ def test_the_plan_is_what_training_does(base_dir, dialogue_file, tmp_path):
         f"train --base {base_dir} --data {dialogue_file} --adapters-dir {tmp_path / 'a'} --device cpu --epochs 2"
     )
     arguments = [*arguments.split(), "--batch-size", "4", "--val-split", "0.2", "--accumulation-steps", "2"]
-    plan = json.loads(CliRunner().invoke(main, [*arguments, "--dry-run", "--json"]).stdout)["run"]
+    facts = json.loads(CliRunner().invoke(main, [*arguments, "--dry-run", "--json"]).stdout)
+    plan, memory = facts["run"], facts["memory"]
     result = CliRunner().invoke(main, [*arguments, "--log-interval", "1"])
     assert result.exit_code == 0, result.stderr
     assert (
         f"{plan['train_rows']} dialogues and {plan['val_rows']} for validation, {plan['steps']} steps" in result.stderr
     )
     assert (plan["steps_per_epoch"], plan["steps"], plan["updates"]) == (3, 6, 4)
+    found = re.search(r"memory: about ([\d.]+) (\w+) at the peak; whole batches", result.stderr)
+    assert found and memory["peak"] / UNITS[found[2]] == pytest.approx(float(found[1]), rel=0.2)
+    assert (memory["checkpointing"], memory["max_rows"]) == (False, None)
+    refused = CliRunner().invoke(main, [*arguments, "--dry-run", "--memory-budget", "1MB"])
+    assert refused.exit_code == 1 and "a memory budget of 1 MB is too small" in refused.stderr
+    assert "  updates  4, of 2 steps each" in refused.stdout.splitlines()

@@ -121,8 +121,27 @@ def test_targets_are_names_or_a_regex(arguments, tmp_path, targets, expected):
     assert record.rank == 3 and record.config.lora_alpha == 4.5
 
 
+def test_methods_are_options_and_an_adapter_can_be_gone_on_with(arguments, tmp_path):
+    patterns = ["--rank-pattern", "layers.0.*=2", "--rank_pattern", "q_proj=5", "--alpha-pattern", "q_proj=2.5"]
+    result = run(*arguments, *patterns, "--rslora", "--lora-plus-ratio", "4", "--name", "some")
+    assert result.exit_code == 0, result.stderr
+    record = Registry(tmp_path / "adapters").get("some")
+    config = record.config
+    assert list(config.rank_pattern.items()) == [("layers.0.*", 2), ("q_proj", 5)]
+    assert config.alpha_pattern == {"q_proj": 2.5} and config.use_rslora and config.lora_alpha == 16
+    assert record.manifest.recipe["lora_plus_ratio"] == 4
+    result = run(*arguments, "--init-from", "some", "--name", "more")
+    assert result.exit_code == 0, result.stderr
+    assert Registry(tmp_path / "adapters").get("more").config == config
+
+
 def test_mistakes_are_one_line_on_stderr(arguments, tmp_path):
     for extra, code, text in (
+        (("--rank-pattern", "q_proj"), 2, "'q_proj' is not PATTERN=NUMBER, such as q_proj=4"),
+        (("--rank-pattern", "q_proj=1.5"), 2, "not a valid integer"),
+        (("--rank-pattern", "q_proj=1", "--rank-pattern", "q_proj=2"), 2, "'q_proj' is given twice"),
+        (("--alpha-pattern", "q_prj=1"), 2, "alpha_pattern: 'q_prj' matches no layer"),
+        (("--init-from", "some", "--rank", "4"), 2, "--rank and --init-from do not go together"),
         (("--targets", "q_prj"), 2, "did you mean 'q_proj'"),
         (("--data", tmp_path / "none.jsonl"), 1, "No such file"),
         (("--name", "../up"), 2, "cannot name an adapter"),
