@@ -17,7 +17,7 @@ from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import RouterLoss, pack, summed_loss
-from loraserve.train.checkpoint import RunState, load_state, save_state
+from loraserve.train.checkpoint import RunState, load_states, save_states
 from loraserve.train.data import Encoder, Sample
 from loraserve.train.step import AdapterOptimizer, advance_together
 from tests.train.conftest import dataset_of
@@ -182,13 +182,14 @@ def test_an_abandoned_window_changes_nothing(base, tmp_path):
     batches = [pack(random_samples(2, seed)) for seed in range(3)]
     trainer.advance(batches)
     before = values(weights)
-    save_state(tmp_path, RunState(recipe={}, seconds=0.0, best={}, run_ids={}, **trainer.state()))
+    state = RunState(name="", ended="", recipe={}, seconds=0.0, best={}, run_ids={}, **trainer.state())
+    save_states(tmp_path, [state])
     asked = iter([False, True])
     assert trainer.advance(batches, stop=lambda: next(asked)) == []
     assert trainer.step == 3 and values(weights).equal(before)
     again = trainable(base)
     other = optimizer(base, again)
-    state = load_state(tmp_path, {})
+    (state,) = load_states(tmp_path, {"": {}})
     other.load(state.step, state.weights, state.optimizer, state.scaler)
     assert trainer.advance(batches) == other.advance(batches)
     assert values(weights).equal(values(again)) and not values(weights).equal(before)
