@@ -227,7 +227,7 @@ def command(
     use_wandb: bool,
     **settings: Any,
 ) -> int:
-    """Train an adapter on the frozen base and publish it; with several --data or --runs, many at once.
+    """Train an adapter on the frozen base and publish it.
 
     MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
     stopped or killed goes on with --resume and ends with the same adapter.
