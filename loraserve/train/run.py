@@ -31,7 +31,8 @@ class Run:
     """A run whose data is read and checked; `begin` makes it ready to step.
 
     Args:
-        folder: for its tokens and its metrics.
+        folder: for its metrics.
+        data_folder: for its tokens; runs on the same files may share one.
         stream: gets a progress bar if it is a terminal, log lines otherwise.
         label: by which its lines are known among those of other runs; empty for a run alone.
     """
@@ -42,16 +43,24 @@ class Run:
     progress: Progress
 
     def __init__(
-        self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO, label: str = ""
+        self,
+        base: Base,
+        registry: Registry,
+        options: TrainOptions,
+        folder: Path,
+        data_folder: Path,
+        stream: TextIO,
+        label: str = "",
     ) -> None:
-        self.base, self.registry, self.options, self.folder = base, registry, options, folder
+        self.base, self.registry, self.options = base, registry, options
+        self.folder, self.data_folder = folder, data_folder
         self.stream, self.label = stream, label
         self.seconds = 0.0
         self.ended = ""
         """Why it takes no further part, whatever its step: it failed, or is published already."""
         self._encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
         note = functools.partial(print, file=stream, flush=True)
-        self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, self._encoder, folder, note)
+        self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, self._encoder, data_folder, note)
         self.per_epoch = options.steps_per_epoch(len(self.dataset))
         self.total = self.per_epoch * options.epochs
         self.start = start(options, base, registry)
@@ -116,7 +125,7 @@ class Run:
         if not self.label:
             self.progress.note(str(self.plan))
         if self.facts.rejections.rows:
-            rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
+            rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.data_folder / REJECTED}"
             self.progress.note(f"{rejected}: {self.facts.rejections}")
         if self.facts.truncated:
             self.progress.note(

@@ -119,13 +119,16 @@ def sweep(base: Base, registry: Registry, options: TrainOptions, rates: Sequence
     if len(rates) < 2 or len(set(rates)) < len(rates):
         raise InvalidRequest("lr_sweep takes two or more different learning rates", param="lr_sweep")
     each = [dataclasses.replace(options, learning_rate=rate) for rate in rates]
-    with _trained(base, registry, each, [f"lr-{rate:g}" for rate in rates], stream) as trained:
+    with _trained(base, registry, each, [f"lr-{rate}" for rate in rates], stream) as trained:
         able = [run for run in trained.runs if not run.ended and run.best.loss is not None]
         if not able:
-            raise next(iter(trained.failures.values()), TrainingFailed(f"at no rate: {trained.runs[0].ended}"))
+            raise next(
+                iter(trained.failures.values()),
+                TrainingFailed("at no rate the validation loss is a number; try lower ones"),
+            )
         best = min(able, key=lambda run: run.best.loss or 0.0)
-        losses = {f"{run.options.learning_rate:g}": run.best.loss if run in able else None for run in trained.runs}
-        show_sweep(stream, losses, f"{best.options.learning_rate:g}")
+        losses = {f"{run.options.learning_rate}": run.best.loss if run in able else None for run in trained.runs}
+        show_sweep(stream, losses, f"{best.options.learning_rate}")
         result = publish(best, {"lr_sweep": losses})
         trained.discard()
         return result
@@ -144,7 +147,7 @@ class _Trained:
 
     def discard(self) -> None:
         for run in self.runs:
-            discard_dataset(run.folder)
+            discard_dataset(run.data_folder)
             discard(run.folder)
         discard(self.folder)
 
@@ -211,8 +214,9 @@ def _trained(
             stack.enter_context(exclusive(name, {work, folder.parent}))
         folders = [folder] if alone else [folder / label for label in labels]
         named = [""] if alone else labels
+        sweeping = not alone and len({each.name for each in options}) == 1
         runs = [
-            Run(base, registry, each, own, stream, label)
+            Run(base, registry, each, own, folder if sweeping else own, stream, label)
             for each, own, label in zip(options, folders, named, strict=True)
         ]
         batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]

@@ -80,8 +80,23 @@ def test_each_adapter_is_the_one_that_is_trained_alone(base, registry, each, tmp
     last = {
         name: max(i for i, line in enumerate(lines) if line.startswith(f"{name}: epoch")) for name in registry.names()
     }
-    assert last["mirror"] < last["robot"] < last["whole"]
+    assert last["mirror"] < last["whole"] < last["robot"]
     assert not (registry.root / ".training" / "robot").exists()
+
+
+def test_a_preference_run_beside_another_is_the_one_that_is_trained_alone(base, registry, each, tmp_path, write_rows):
+    def messages(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [{"chosen": messages(q, a), "rejected": messages(q, a[::-1])} for q, a in PAIRS]
+    prefers = replace(each[1], data=write_rows(tmp_path / "likes.jsonl", rows), objective="dpo", name="likes")
+    alone = Registry(tmp_path / "alone", base.shapes, base.fingerprint)
+    expected = [train(base, alone, one, io.StringIO()).metrics for one in (prefers, each[0])]
+    outcomes = train_all(base, registry, [prefers, each[0]], io.StringIO())
+    for name in ("likes", "robot"):
+        assert_alike(registry, alone, name)
+    assert outcomes[0].metrics["reward_margin"] == pytest.approx(expected[0]["reward_margin"], abs=5e-3)
+    assert outcomes[0].metrics["reward_margin"] > 0.05 and "reward_margin" not in outcomes[1].metrics
 
 
 @pytest.mark.parametrize("step", ["robot: epoch 2/3  step 5/9", "mirror: epoch 2/2  step 4/4", "whole: epoch 4/4"])
