@@ -89,6 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder) / "base", minimind3_config())
         base = load_base(str(Path(folder) / "base"), dtype=args.dtype)
+        base.model.pack_for_training()
         total = args.steps * args.rounds + 1
         adapters = {way: optimizers(base, args.adapters, total) for way in ways}
         first = {way: take(adapters[way], steps[:1]) for way, take in ways.items()}

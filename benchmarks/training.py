@@ -59,6 +59,7 @@ def loraserve(base: Path, dtype: str, total: int, _minimind: Path | None) -> Ste
     from loraserve.train.step import AdapterOptimizer
 
     loaded = load_base(str(base), dtype=dtype)
+    loaded.model.pack_for_training()
     targets = expand_targets("all-linear", loaded.shapes)
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=tuple(targets))
     weights = initial_weights(targets, loaded.shapes, config, normal=False, seed=0, device=loaded.device)

@@ -9,7 +9,7 @@ is the plain form, and the tests' oracle.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,17 @@ class Attention(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: gemm.BothWays) -> Tensor:
+        ctx.weight = weight
+        return weight.forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.weight.backward(gradient), None
+
+
 class Linear(nn.Module):
     """A frozen linear layer without bias that knows its own path, by which adapters target it."""
 
@@ -44,9 +55,28 @@ class Linear(nn.Module):
         super().__init__()
         self.target = target
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self._both_ways: gemm.BothWays | None = None
+
+    def pack_for_training(self) -> None:
+        """Let the C kernels multiply where they are the fastest there is. The weight must not change afterwards."""
+        weight = self.weight.detach()
+        ready = weight.device.type == "cpu" and gemm.fast(weight.dtype)
+        if self._both_ways is None and ready and all(gemm.available(weight.dtype, width) for width in weight.shape):
+            self._both_ways = gemm.BothWays(weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ, (N, out)."""
+        if self._both_ways is None:
+            return F.linear(x, self.weight)
+        product: Tensor = _Product.apply(x, self._both_ways)
+        return product
+
+    def backward_product(self, gradient: Tensor) -> Tensor:
+        """Return g W, (N, in): of the gradient g (N, out) of `product`, that of its input."""
+        return gradient @ self.weight if self._both_ways is None else self._both_ways.backward(gradient)
 
     def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = self.product(x)
         return y if lora is None else lora.add((self.target,), (y.shape[1],), x, y)
 
 

@@ -215,6 +215,16 @@ class Model(nn.Module):
                 module.fused = kernels
         self.model.one_call = fused.one_call(self.model) if kernels and weight.device.type == "cpu" else None
 
+    def pack_for_training(self) -> None:
+        """Prepare the linear layers for gradients, see `Linear.pack_for_training`.
+
+        In bfloat16 alone: there torch is slow on many processors, and what it takes is made up for by the activations.
+        """
+        if self.lm_head.weight.dtype == torch.bfloat16:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack_for_training()
+
     def forward(
         self,
         input_ids: Tensor,

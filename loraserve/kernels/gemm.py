@@ -80,6 +80,17 @@ class PackedWeight:
         return y
 
 
+class BothWays:
+    """A frozen weight W (out, in) in training: x Wᵀ forward, and for the gradient g of the result g W backward.
+
+    Two copies of the weight, laid out for the one and for the other.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.forward = PackedWeight(weight).multiply
+        self.backward = PackedWeight(weight.T.contiguous()).multiply
+
+
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of x (N, K) to 8 bits; return int8 (N, K) and the rows' scales (N,) float32."""
     x = x.float()

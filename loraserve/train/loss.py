@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loraserve.base.linear import Linear
 from loraserve.base.model import Model
 from loraserve.lora.batch import LoraBatch
 
@@ -35,7 +36,7 @@ def token_cross_entropy(
     """
     head = model.lm_head
     if lora is None or not any(head.target in weights for weights in lora.stack.adapters):
-        return _FrozenHead.apply(hidden_states, head.weight, targets)
+        return _FrozenHead.apply(hidden_states, head, targets)
     losses = [
         checkpoint(_chunk_loss, model, hidden, target, lora.select(chunk), use_reentrant=False)
         for hidden, target, chunk in zip(*(x.split(CHUNK_ROWS) for x in (hidden_states, targets, rows)), strict=True)
@@ -49,19 +50,20 @@ def _chunk_loss(model: Model, hidden_states: Tensor, targets: Tensor, lora: Lora
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, head: Linear, targets: Tensor) -> Tensor:
         losses = torch.empty(targets.numel(), device=hidden_states.device)
         gradient = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        ctx.scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
+        dtype = head.weight.dtype
+        ctx.scale = HALF_SCALE if dtype == torch.float16 else 1.0
         for first in range(0, targets.numel(), CHUNK_ROWS):
             chunk = slice(first, first + CHUNK_ROWS)
-            logits = F.linear(hidden_states[chunk], weight).float()  # (m, V)
+            logits = head.product(hidden_states[chunk]).float()  # (m, V)
             target = targets[chunk].unsqueeze(1)
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             losses[chunk] = (normalizer - logits.gather(1, target)).squeeze(1)
             if gradient is not None:
                 logits.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(normalizer, -1.0))
-                gradient[chunk] = logits.mul_(ctx.scale).to(weight.dtype) @ weight
+                gradient[chunk] = head.backward_product(logits.mul_(ctx.scale).to(dtype))
         ctx.save_for_backward(gradient)
         return losses
 

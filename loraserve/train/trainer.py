@@ -219,6 +219,8 @@ def _trained(
             Run(base, registry, each, own, folder if sweeping else own, stream, label)
             for each, own, label in zip(options, folders, named, strict=True)
         ]
+        if lead.memory_budget is None:  # it takes memory for speed
+            base.model.pack_for_training()
         batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
         plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget)
         states = load_states(folder, {run.label: run.identity for run in runs}) if lead.resume else None

@@ -1,5 +1,7 @@
 """What is dropped and computed again, or in chunks, changes neither losses nor gradients."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,29 @@ def test_in_fewer_bits_too(dtype, base_dir, monkeypatch):
     weights = adapter(base, head=False)
     loss = summed_loss(base.model, batch, AdapterStack([weights]), checkpointing=True)
     (loss / batch.num_supervised).backward()
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-3, atol=0.1)
+    found = gradients(weights) * batch.num_supervised
+    assert F.cosine_similarity(found, gradient, dim=0) > 0.999
+    assert found.norm().item() == pytest.approx(gradient.norm().item(), rel=0.02)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+@pytest.mark.parametrize("head", [False, True], ids=["frozen-head", "head-with-adapter"])
+def test_products_by_the_kernels_give_the_same_loss_and_gradient(head, base_dir, monkeypatch):
+    """Both ways: x Wᵀ and, for the gradient, g W."""
+    monkeypatch.setattr("loraserve.kernels.gemm.fast", lambda dtype: True)
+    base = load_base(str(base_dir), device="cpu", dtype="bfloat16")
+    batch = pack(random_samples(5))
+    wanted, gradient = plainly(base, batch, adapter(base, head), monkeypatch)
+    base.model.pack_for_training()
+    both = base.model.model.layers[0].mlp.down_proj._both_ways
+    rows, ways = [], (both.forward, both.backward)
+    monkeypatch.setattr(both, "forward", lambda x: rows.append(len(x)) or ways[0](x))
+    monkeypatch.setattr(both, "backward", lambda x: rows.append(len(x)) or ways[1](x))
+    weights = adapter(base, head)
+    loss = summed_loss(base.model, batch, AdapterStack([weights]), checkpointing=False)
+    (loss / batch.num_supervised).backward()
+    assert rows == [batch.num_rows] * 2
     torch.testing.assert_close(loss.detach(), wanted, rtol=1e-3, atol=0.1)
     found = gradients(weights) * batch.num_supervised
     assert F.cosine_similarity(found, gradient, dim=0) > 0.999
