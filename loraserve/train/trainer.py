@@ -23,7 +23,7 @@ from typing import TextIO
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, LoraserveError, NotBetter, TrainingFailed, TrainingInterrupted
 from loraserve.registry import Registry
-from loraserve.train.checkpoint import discard, exclusive, load_states, resumable, save_states
+from loraserve.train.checkpoint import METRICS, discard, exclusive, load_states, resumable, save_states
 from loraserve.train.dataset import discard_dataset
 from loraserve.train.memory import plan_for
 from loraserve.train.options import TrainOptions
@@ -225,6 +225,9 @@ def _trained(
         plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget)
         states = load_states(folder, {run.label: run.identity for run in runs}) if lead.resume else None
         if states is None:
+            for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - set(folders):  # of another set
+                discard_dataset(stale)
+                discard(stale)
             for each_folder in {folder, *folders}:
                 discard(each_folder)
         if not alone:

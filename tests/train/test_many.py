@@ -195,3 +195,12 @@ def test_a_stopped_sweep_resumes_to_the_same_bits(base, registry, each, tmp_path
         sweep(base, registry, each[0], [1e-2, 3e-3], SignalAt("lr-0.01: epoch 2/3  step 5/9", signal.SIGINT))
     sweep(base, registry, replace(each[0], resume=True), [1e-2, 3e-3], io.StringIO())
     assert registry.load("robot").digest == whole.load("robot").digest
+
+
+def test_a_run_alone_after_a_stopped_sweep_leaves_nothing_of_it(base, registry, each):
+    with pytest.raises(TrainingInterrupted):
+        sweep(base, registry, each[0], [1e-2, 3e-3], SignalAt("lr-0.01: epoch 2/3  step 5/9", signal.SIGINT))
+    folder = registry.root / ".training" / "robot"
+    assert (folder / "lr-0.003" / "metrics.jsonl").exists()
+    train(base, registry, each[0], io.StringIO())
+    assert registry.names() == ["robot"] and not folder.exists()
