@@ -155,7 +155,7 @@ def check_together(
 
 def train_all_of(base: "Base", registry: "Registry", each: list["TrainOptions"]) -> int:
     """Train them at once and say what came of each; the exit code is 1 unless all are published."""
-    from loraserve.errors import LoraserveError
+    from loraserve.errors import LoraserveError, NotBetter
     from loraserve.train.trainer import train_all
 
     outcomes = train_all(base, registry, each, sys.stderr)
@@ -163,7 +163,8 @@ def train_all_of(base: "Base", registry: "Registry", each: list["TrainOptions"])
     for options, outcome in zip(each, outcomes, strict=True):
         if isinstance(outcome, LoraserveError):
             failed += 1
-            click.echo(f"error: {options.name!r}: {outcome}", err=True)
+            who = "" if isinstance(outcome, NotBetter) else f"{options.name!r}: "  # which says its name itself
+            click.echo(f"error: {who}{outcome}", err=True)
         elif outcome is not None:
             say_published(outcome.record)
     if failed:
