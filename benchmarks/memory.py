@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-A random minimind-3 (64M), rank 8 at every linear layer, two steps in a process of its own for each line; `budget` is what
-`loraserve train` does with `--memory-budget`. Peaks are the process's, in MiB. The last line of stdout is JSON.
+A random minimind-3 (64M), rank 8 at every linear layer, two steps in a process of its own for each line; `budget` is
+what `loraserve train` does with `--memory-budget`. Peaks are the process's, in MiB. The last line of stdout is JSON.
 """
 
 import argparse
@@ -66,10 +66,9 @@ def step(base: str, dialogues: int, dtype: str, checkpointing: bool, budget: boo
     """Take two steps; return the planned and the measured peak in MiB."""
     torch.manual_seed(0)
     loaded = load_base(base, dtype=dtype)
+    loaded.model.pack_for_training()
     if budget:
         give_back_large_tensors()
-    else:
-        loaded.model.pack_for_training()
     targets = expand_targets("all-linear", loaded.shapes)
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=tuple(targets))
     weights = initial_weights(targets, loaded.shapes, config, normal=False, seed=0, device=loaded.device)

@@ -43,7 +43,7 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
         try:
             adapter = start(train_options, base, open_registry(options, base))
             batch = found.longest(train_options.batch_size)
-            memory = plan_for(base, adapter.weights, batch, train_options.memory_budget)
+            memory = plan_for(base, [adapter.weights], batch, train_options.memory_budget)
         except InvalidRequest as refused:
             error = error or refused
     facts = {

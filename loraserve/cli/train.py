@@ -2,14 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from loraserve.cli.minimind import FLAG, MiniMindBase, minimind_options, with_minimind_base
 from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry, parse_size
+from loraserve.cli.runs import check_together, runs_of, say_published, train_all_of
 from loraserve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from loraserve.train.options import TrainOptions
 
 FRACTION = click.FloatRange(0, 1)
 POSITIVE = click.FloatRange(0, min_open=True)
@@ -30,6 +34,12 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
     return found
 
 
+def parse_rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Turn RATE,RATE into numbers; none without the option."""
+    number: click.ParamType[Any] = POSITIVE
+    return tuple(number.convert(rate.strip(), param, ctx) for rate in value.split(",")) if value is not None else ()
+
+
 @click.command(cls=LoraserveCommand)
 @base_options
 @click.option(
@@ -37,9 +47,10 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
     "--data-path",
     "data",
     type=click.Path(path_type=Path),
-    required=True,
+    multiple=True,
     metavar="FILE",
-    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows; with dpo preference pairs.",
+    help="Dialogues: JSON lines of MiniMind, OpenAI, ShareGPT or Alpaca rows; with dpo preference pairs. Several, each "
+    "with its --name, train as many adapters at once.",
 )
 @click.option(
     "--objective",
@@ -54,7 +65,15 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
     metavar="BETA",
     help="How much dpo holds the adapter to what it starts from.  [default: 0.1]",
 )
-@click.option("--name", "--lora-name", "name", help="The adapter's name.  [default: the data file's stem]")
+@click.option(
+    "--name", "--lora-name", "name", multiple=True, help="The adapter's name.  [default: the data file's stem]"
+)
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Train several adapters at once, each with options of its own: a [[run]] table each, instead of --data.",
+)
 @click.option(
     "--targets",
     metavar="TARGETS",
@@ -96,6 +115,12 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Dialogues or pairs per step."
 )
 @click.option("--learning-rate", type=POSITIVE, default=1e-3, show_default=True, help="Falls to a tenth on a cosine.")
+@click.option(
+    "--lr-sweep",
+    metavar="RATE,RATE,...",
+    callback=parse_rates,
+    help="Train at each of these rates at once and publish what does best on validation.",
+)
 @click.option("--accumulation-steps", type=click.IntRange(1), default=1, show_default=True, help="Steps per update.")
 @click.option("--grad-clip", type=POSITIVE, default=1.0, show_default=True)
 @click.option(
@@ -190,13 +215,10 @@ def parse_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str
 def command(
     options: BaseOptions,
     minimind: MiniMindBase,
-    data: Path,
-    name: str | None,
-    targets: str | None,
-    rank: int | None,
-    alpha: float | None,
-    random_system_prompt: float,
-    drop_empty_think: float,
+    data: tuple[Path, ...],
+    name: tuple[str, ...],
+    runs: Path | None,
+    lr_sweep: tuple[float, ...],
     resume: bool,
     from_resume: str,
     dry_run: bool,
@@ -204,41 +226,34 @@ def command(
     report_to: tuple[str, ...],
     use_wandb: bool,
     **settings: Any,
-) -> None:
+) -> int:
     """Train an adapter on the frozen base and publish it.
 
     MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
     stopped or killed goes on with --resume and ends with the same adapter.
     """
-    from loraserve.lora.config import parse_targets
-    from loraserve.train.data import Augmentation
-    from loraserve.train.options import TrainOptions
     from loraserve.train.reporters import check_installed
-    from loraserve.train.trainer import train
+    from loraserve.train.trainer import sweep, train
 
-    train_options = TrainOptions(
-        data=data,
-        name=name if name is not None else data.stem,
-        targets=None if targets is None else parse_targets(targets),
-        r=rank,
-        lora_alpha=alpha,
-        augmentation=Augmentation(random_system_prompt, drop_empty_think),
-        resume=resume or from_resume == "1",
-        report_to=tuple(dict.fromkeys([*report_to, *(["wandb"] if use_wandb else [])])),
-        **settings,
-    )
-    train_options.check()
-    if as_json and not dry_run:
-        raise click.UsageError("--json goes with --dry-run", click.get_current_context())
+    ctx = click.get_current_context()
+    settings |= {
+        "resume": resume or from_resume == "1",
+        "report_to": tuple(dict.fromkeys([*report_to, *(["wandb"] if use_wandb else [])])),
+    }
+    each = [_train_options(**settings | own) for own in runs_of(ctx, data, name, runs)]
+    for one in each:
+        one.check()
+    train_options = each[0]
+    check_together(ctx, len(each), lr_sweep, dry_run, as_json)
     if not dry_run:
         check_installed(train_options.report_to)
-    explicit_base = click.get_current_context().get_parameter_source("base") == ParameterSource.COMMANDLINE
+    explicit_base = ctx.get_parameter_source("base") == ParameterSource.COMMANDLINE
     options = with_minimind_base(options, minimind, train_options.save_dir, explicit_base)
     if dry_run:
         from loraserve.cli.dry_run import survey
 
         survey(options, train_options, as_json=as_json)
-        return
+        return 0
     base = open_base(options)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
@@ -246,5 +261,34 @@ def command(
             f"{base.path} has {layers} layers, not the {minimind.num_hidden_layers} of --num-hidden-layers",
             param="num_hidden_layers",
         )
-    record = train(base, open_registry(options, base), train_options, sys.stderr).record
-    click.echo(f"published {record.name!r} version {record.version} in {record.path}")
+    registry = open_registry(options, base)
+    if len(each) > 1:
+        return train_all_of(base, registry, each)
+    if lr_sweep:
+        record = sweep(base, registry, train_options, lr_sweep, sys.stderr).record
+    else:
+        record = train(base, registry, train_options, sys.stderr).record
+    say_published(record)
+    return 0
+
+
+def _train_options(
+    *,
+    targets: str | None,
+    rank: int | None,
+    alpha: float | None,
+    random_system_prompt: float,
+    drop_empty_think: float,
+    **settings: Any,
+) -> "TrainOptions":
+    from loraserve.lora.config import parse_targets
+    from loraserve.train.data import Augmentation
+    from loraserve.train.options import TrainOptions
+
+    return TrainOptions(
+        targets=None if targets is None else parse_targets(targets),
+        r=rank,
+        lora_alpha=alpha,
+        augmentation=Augmentation(random_system_prompt, drop_empty_think),
+        **settings,
+    )

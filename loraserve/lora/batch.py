@@ -5,7 +5,8 @@
 Rows n are tokens; slots s are the adapters active in this step; W (N, S) holds each row's weights (several per row for
 a blend, none for the base). A row meets the adapters it asked for and no other. A kernel adds the deltas of all in one
 call; without one, many rows of one adapter take a product of their own, and the few rows that each of many adapters has
-while decoding share one batched product. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
+while decoding share one batched product. In training each slot takes its own, so that no gradient of one adapter passes
+through another's rows, not even times zero. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
 float32, in training and in serving alike.
 
 Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
@@ -230,7 +231,7 @@ class LoraBatch:
             by_slot, rows = weights.T.nonzero(as_tuple=True)  # by slot, then by row
             per_slot = rows.split(by_slot.bincount(minlength=len(group.members)).tolist())
             counts = [len(own) if slot in wanted else 0 for slot, own in zip(group.members, per_slot, strict=True)]
-            few = [n if n <= FEW_ROWS else 0 for n in counts]
+            few = [n if n <= FEW_ROWS and not group.in_training else 0 for n in counts]
             if sum(n > 0 for n in few) < 2:
                 few = [0] * len(few)
             for member, own in enumerate(per_slot):

@@ -44,6 +44,12 @@ class Group:
         self._sites: dict[tuple[str, ...], Site | None] = {}
         self._single: dict[int, Group] = {}
 
+    @property
+    def in_training(self) -> bool:
+        """Whether they are parameters; adapters train as a whole and not beside others that serve."""
+        weight = next(iter(self._adapters[0].values()), None)
+        return weight is not None and weight.A.requires_grad
+
     def single(self, member: int) -> "Group":
         """One of them alone, so that whoever needs no other does not wait until all are stacked."""
         if len(self.members) == 1:

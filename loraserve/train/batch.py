@@ -82,6 +82,22 @@ def pack(samples: Sequence[Sample], group: int = 1) -> PackedBatch:
     return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long(), group)
 
 
+def passes(batches: Sequence[tuple[int, PackedBatch]], max_rows: int | None) -> list[list[tuple[int, PackedBatch]]]:
+    """Put batches of several adapters into as few passes of up to `max_rows` rows as come one after the other.
+
+    Args:
+        batches: (slot, batch); a batch that is too long is split.
+    """
+    found: list[list[tuple[int, PackedBatch]]] = []
+    for slot, batch in batches:
+        for part in batch.split(max_rows):
+            rows = part.num_rows + sum(other.num_rows for _, other in found[-1]) if found else None
+            if rows is None or (max_rows is not None and rows > max_rows):
+                found.append([])
+            found[-1].append((slot, part))
+    return found
+
+
 def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *, checkpointing: bool = False) -> Tensor:
     """Cross-entropy summed over the batch's supervised tokens, a float32 scalar.
 
@@ -89,27 +105,45 @@ def summed_loss(model: Model, batch: PackedBatch, stack: AdapterStack | None, *,
         stack: the one adapter applied to every row, or None for the base alone.
         checkpointing: keep only the blocks' inputs for the backward pass; the same loss in less memory.
     """
-    return _token_losses(model, batch, stack, checkpointing).sum()
+    return token_losses(model, [(0, batch)], stack, checkpointing=checkpointing)[0].sum()
 
 
-def dialogue_losses(
-    model: Model, batch: PackedBatch, stack: AdapterStack | None, *, checkpointing: bool = False
-) -> Tensor:
-    """Cross-entropy summed over each dialogue's supervised tokens, (D,) float32. Arguments as of `summed_loss`."""
-    losses = _token_losses(model, batch, stack, checkpointing)
+def dialogue_losses(batch: PackedBatch, losses: Tensor) -> Tensor:
+    """The losses of a batch's supervised tokens summed over each dialogue: (M,) → (D,) float32."""
     dialogues = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))[batch.rows]  # (M,)
     return losses.new_zeros(len(batch.lengths)).index_add(0, dialogues.to(losses.device), losses)
 
 
-def _token_losses(model: Model, batch: PackedBatch, stack: AdapterStack | None, checkpointing: bool) -> Tensor:
+def token_losses(
+    model: Model,
+    parts: Sequence[tuple[int, PackedBatch]],
+    stack: AdapterStack | None,
+    *,
+    checkpointing: bool = False,
+) -> list[Tensor]:
+    """Cross-entropy of each supervised token of several batches in one pass; of each batch (M,) float32.
+
+    Args:
+        parts: (slot, batch): the rows of the batch meet the adapter of that slot and no other.
+        stack: the adapters, or None for the base alone.
+        checkpointing: as of `summed_loss`.
+    """
     device = model.lm_head.weight.device
-    attention = PackedAttention(batch.lengths, device)
-    lora = LoraBatch(stack, torch.ones(batch.num_rows, 1), device) if stack is not None else None
-    hidden_states = model.model(
-        batch.input_ids.to(device), attention.positions, attention, lora, checkpointing=checkpointing
-    )
-    predicting = hidden_states[batch.rows.to(device)]  # (M, hidden)
-    return token_cross_entropy(model, predicting, batch.targets.to(device), lora, batch.rows)
+    sizes = [batch.num_rows for _, batch in parts]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    attention = PackedAttention([length for _, batch in parts for length in batch.lengths], device)
+    lora = None
+    if stack is not None:
+        lora = LoraBatch.from_segments(stack, [(batch.num_rows, [(slot, 1.0)]) for slot, batch in parts], device)
+    input_ids = torch.cat([batch.input_ids for _, batch in parts]).to(device)
+    hidden_states = model.model(input_ids, attention.positions, attention, lora, checkpointing=checkpointing)
+    rows = [batch.rows + start for start, (_, batch) in zip(starts, parts, strict=True)]  # each (M,)
+    predicting = hidden_states[torch.cat(rows).to(device)].split([len(own) for own in rows])  # each (M, hidden)
+    losses = []
+    for own, hidden, (slot, batch) in zip(rows, predicting, parts, strict=True):
+        at_head = lora if stack is not None and model.lm_head.target in stack.adapters[slot] else None
+        losses.append(token_cross_entropy(model, hidden, batch.targets.to(device), at_head, own))
+    return losses
 
 
 class RouterLoss:
@@ -136,13 +170,14 @@ class RouterLoss:
         for hook in self._hooks:
             hook.remove()
 
-    def take(self) -> Tensor | float:
-        """The loss of the forward passes since the last call; 0.0 for a dense model."""
-        total: Tensor | float = 0.0
+    def take(self, lengths: Sequence[int]) -> list[Tensor | float]:
+        """The loss over each stretch of rows of the forward pass since the last call; 0.0 for a dense model."""
+        totals: list[Tensor | float] = [0.0] * len(lengths)
         for layer, logits in zip(self._layers, self._logits, strict=True):
-            scores = logits.float().softmax(dim=-1)  # (N, E)
-            experts = scores.shape[1]
-            load = F.one_hot(scores.topk(layer.top_k, dim=-1).indices, experts).float().mean(0)  # (top_k, E)
-            total = total + ROUTER_LOSS_WEIGHT * experts * (load * scores.mean(0)).sum()
+            for i, own in enumerate(logits.split(list(lengths))):
+                scores = own.float().softmax(dim=-1)  # (n, E)
+                experts = scores.shape[1]
+                load = F.one_hot(scores.topk(layer.top_k, dim=-1).indices, experts).float().mean(0)  # (top_k, E)
+                totals[i] = totals[i] + ROUTER_LOSS_WEIGHT * experts * (load * scores.mean(0)).sum()
         self._logits.clear()
-        return total
+        return totals

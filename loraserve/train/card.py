@@ -7,7 +7,7 @@ from typing import Any
 
 from loraserve.train.rows import Rejections
 from loraserve.train.samples import Comparison
-from loraserve.train.summary import before_and_after
+from loraserve.train.summary import before_and_after, failed_or
 
 CURVE = "loss.png"
 
@@ -91,6 +91,14 @@ def write_card(
         "| --- | --- |",
         *(f"| {key} | {_cell(value)} |" for key, value in recipe.items() if value is not None),
     ]
+    if sweep := metrics.get("lr_sweep"):
+        lines += [
+            "",
+            "Of these learning rates, all trained alike, the one with the lowest validation loss was kept.",
+            "",
+        ]
+        lines += ["| learning rate | validation loss |", "| --- | --- |"]
+        lines += [f"| {rate} | {failed_or(loss)} |" for rate, loss in sweep.items()]
     if answers:
         lines += [
             "",

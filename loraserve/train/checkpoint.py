@@ -2,18 +2,18 @@
 
 Kept in one folder per adapter name, `<adapters-dir>/.training/<name>/` or `<save_dir>/<name>/`:
 
-    checkpoint.pt     weights, the best so far, optimizer state, loss scaler, position; replaced atomically
+    checkpoint.pt     of each run weights, the best so far, optimizer state, loss scaler, position; replaced atomically
     metrics.jsonl     the losses so far
     tokens/           the data as token ids, see `tokens`
 
 The position is the number of micro-batches done, always at an optimizer step. Data order and every other random choice
 follow from the seed and the position (`data`), so no generator's state is kept. A lock that dies with its process keeps
-two runs off one name.
+two runs off one name. Runs that share their passes have one checkpoint, and each its own folder within for the rest.
 """
 
 import io
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,6 +34,10 @@ METRICS = "metrics.jsonl"
 class RunState:
     """What is needed to go on after `step` micro-batches."""
 
+    name: str
+    """Among the runs of its set; empty for a run alone."""
+    ended: str
+    """Why it takes no further part; empty if it does."""
     step: int
     recipe: dict[str, Any]
     weights: dict[str, Tensor]
@@ -76,35 +80,43 @@ def resumable(folder: Path) -> Iterator[None]:
         raise StorageError(f"{error}; {advice}", param=error.param) from error
 
 
-def save_state(folder: Path, state: RunState) -> None:
+def save_states(folder: Path, states: Sequence[RunState]) -> None:
     """Replace the checkpoint in `folder`. A crash at any moment leaves the old one or the new one."""
     content = io.BytesIO()
-    torch.save({field.name: getattr(state, field.name) for field in fields(state)}, content)
+    torch.save([{field.name: getattr(state, field.name) for field in fields(state)} for state in states], content)
     with storage_errors(f"save the run in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / CHECKPOINT, content.getvalue())
 
 
-def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
+def load_states(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> list[RunState] | None:
     """Read the checkpoint in `folder`, None if there is none.
+
+    Args:
+        recipes: by the runs' names.
 
     Raises:
         CheckpointError: it cannot be read.
-        InvalidRequest: it was made with another recipe; every difference is named.
+        InvalidRequest: it is of other runs, or was made with another recipe; every difference is named.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:
-        state = RunState(**torch.load(path, map_location="cpu", weights_only=True))
+        states = [RunState(**state) for state in torch.load(path, map_location="cpu", weights_only=True)]
     except (OSError, RuntimeError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0][:150]
         raise CheckpointError(f"{path} cannot be read ({reason}); delete it or train without --resume") from None
-    keys = [*recipe, *(key for key in state.recipe if key not in recipe)]
+    if (saved := [state.name for state in states]) != list(recipes):
+        raise InvalidRequest(
+            f"the checkpoint in {folder} is of {_these(saved)} and not of {_these(list(recipes))}; give the command "
+            "that it was begun with, or start over without --resume",
+            param="resume",
+        )
     changed = [
-        f"{key} was {state.recipe.get(key)!r} and is {recipe.get(key)!r}"
-        for key in keys
-        if state.recipe.get(key) != recipe.get(key)
+        f"{state.name}{state.name and ': '}{difference}"
+        for state in states
+        for difference in _differences(state.recipe, recipes[state.name])
     ]
     if changed:
         raise InvalidRequest(
@@ -112,7 +124,18 @@ def load_state(folder: Path, recipe: dict[str, Any]) -> RunState | None:
             "use the same options, or start over without --resume",
             param="resume",
         )
-    return state
+    return states
+
+
+def _these(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} at once" if len(names) > 1 else "one run alone"
+
+
+def _differences(saved: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
+    keys = [*recipe, *(key for key in saved if key not in recipe)]
+    return [
+        f"{key} was {saved.get(key)!r} and is {recipe.get(key)!r}" for key in keys if saved.get(key) != recipe.get(key)
+    ]
 
 
 def discard(folder: Path) -> None:

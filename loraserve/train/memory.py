@@ -15,7 +15,7 @@ and with checkpointing only s·H, while one block at a time is there in full.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -109,10 +109,19 @@ def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: tor
     )
 
 
-def plan_for(base: Base, weights: Mapping[str, LoraWeight], batch: Sequence[int], budget: int | None) -> Plan:
-    """The plan of a run that is about to start; see `plan`."""
-    needs = footprint(base.config, weights, base.dtype)
-    return plan(needs, resident_bytes(base.model), batch, budget)
+def plan_for(
+    base: Base, adapters: Sequence[Mapping[str, LoraWeight]], batch: Sequence[int], budget: int | None
+) -> Plan:
+    """The plan of a run that is about to start, or of several that share passes; see `plan`.
+
+    Args:
+        adapters: the weights of each.
+        batch: rows of each dialogue that a pass of all may hold.
+    """
+    needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
+    widest = max(needs, key=lambda each: each.row(False))
+    together = replace(widest, adapter=sum(each.adapter for each in needs))
+    return plan(together, resident_bytes(base.model), batch, budget)
 
 
 def plan(needs: Footprint, resident: int, batch: Sequence[int], budget: int | None, *, splitting: bool = True) -> Plan:

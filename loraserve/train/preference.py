@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraserve.base.model import Model
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import PackedBatch, dialogue_losses, summed_loss
+from loraserve.train.batch import PackedBatch, dialogue_losses, token_losses
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,20 @@ class Preference:
     @torch.no_grad()
     def reference_ratios(self, model: Model, batch: PackedBatch) -> Tensor:
         """log ref(c) - log ref(r) of each pair of a batch, (P,) float32."""
-        return _log_ratios(dialogue_losses(model, batch, self.reference))
+        return _log_ratios(batch, token_losses(model, [(0, batch)], self.reference)[0])
 
-    def margins(
-        self,
-        model: Model,
-        batch: PackedBatch,
-        stack: AdapterStack | None,
-        ratios: Tensor,
-        *,
-        checkpointing: bool = False,
-    ) -> Tensor:
+    def margins(self, batch: PackedBatch, losses: Tensor, ratios: Tensor) -> Tensor:
         """The margin of each pair, (P,) float32.
 
         Args:
-            stack: the adapter in training, or None for the base alone.
+            losses: (M,), of the batch's supervised tokens with the adapter in training, or of the base alone.
             ratios: what `reference_ratios` gives for the batch.
         """
-        return self.beta * (_log_ratios(dialogue_losses(model, batch, stack, checkpointing=checkpointing)) - ratios)
+        return self.beta * (_log_ratios(batch, losses) - ratios)
 
 
-def _log_ratios(losses: Tensor) -> Tensor:
-    chosen, rejected = losses.view(-1, 2).unbind(dim=1)
+def _log_ratios(batch: PackedBatch, losses: Tensor) -> Tensor:
+    chosen, rejected = dialogue_losses(batch, losses).view(-1, 2).unbind(dim=1)
     return rejected - chosen  # losses are negative log-probabilities
 
 
@@ -78,11 +70,12 @@ def validate(
     """
     total, right, count = 0.0, 0, 0
     for batch in batches:
+        (losses,) = token_losses(model, [(0, batch)], stack)
         if preference is None:
-            total += float(summed_loss(model, batch, stack))
+            total += float(losses.sum())
             count += batch.num_supervised
             continue
-        margins = preference.margins(model, batch, stack, preference.reference_ratios(model, batch))
+        margins = preference.margins(batch, losses, preference.reference_ratios(model, batch))
         total += float(preference_loss(margins))
         right += int((margins > 0).sum())
         count += batch.num_pairs

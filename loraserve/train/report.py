@@ -19,9 +19,13 @@ class Progress:
     Args:
         stream: where to write; a terminal gets a bar, anything else a line about every `log_interval` micro-batches.
         done: micro-batches an earlier, interrupted run has done.
+        label: what each line begins with, where several runs write.
     """
 
-    def __init__(self, stream: TextIO, *, total: int, epochs: int, done: int, log_interval: int) -> None:
+    def __init__(
+        self, stream: TextIO, *, total: int, epochs: int, done: int, log_interval: int, label: str = ""
+    ) -> None:
+        self._label = f"{label}: " if label else ""
         self._stream, self._total, self._first, self._done = stream, total, done, done
         self._epochs, self._per_epoch, self._interval = epochs, total // epochs, log_interval
         self._started = self._last_time = time.monotonic()
@@ -32,6 +36,7 @@ class Progress:
 
             known_width = os.get_terminal_size(stream.fileno()).columns > 0
             self._bar = tqdm(
+                desc=label or None,
                 total=total,
                 initial=done,
                 file=stream,
@@ -43,9 +48,9 @@ class Progress:
     def note(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(self._label + text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            print(self._label + text, file=self._stream, flush=True)
 
     def advance(self, records: Sequence[StepRecord]) -> None:
         """Count the micro-batches of one optimizer step."""

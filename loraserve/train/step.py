@@ -1,4 +1,4 @@
-"""Optimizer steps over an adapter's weights; the base never changes.
+"""Optimizer steps over the weights of one adapter, or of several that share each pass; the base never changes.
 
 One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
 With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate.
@@ -11,11 +11,16 @@ Of preference pairs it is the loss of `preference`, and a pair counts as a token
 With `tokens` a window is exactly one big batch; `mean` is MiniMind's, where experts add their router loss. Weights and
 optimizer state change only at the end of a window, so an interruption inside one leaves the state of the last step.
 float16 scales the loss so that gradients do not vanish.
+
+Adapters that step together lie in one pass, each on its own rows (`advance_together`). A row meets one adapter, so the
+gradient of the sum of their losses is each one's own; loss, scale, clipping and AdamW are one adapter's as if it were
+alone, and what is not finite in one reaches no other.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,7 +30,7 @@ from loraserve.base.model import Model
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import PackedBatch, RouterLoss, summed_loss
+from loraserve.train.batch import PackedBatch, RouterLoss, passes, token_losses
 from loraserve.train.preference import Preference, preference_loss
 from loraserve.train.schedule import learning_rate
 
@@ -87,8 +92,8 @@ class AdapterOptimizer:
         self.step = 0
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
-        self._checkpointing, self._max_rows = checkpointing, max_rows
-        self._preference = preference
+        self.checkpointing, self.max_rows = checkpointing, max_rows
+        self.preference = preference
         self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
         self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and B's
         halves = [w.A for w in weights.values()], [w.B for w in weights.values()]
@@ -111,26 +116,40 @@ class AdapterOptimizer:
         Raises:
             TrainingFailed: the loss or the gradient is not finite; weights and optimizer are as before the window.
         """
-        counts = [batch.num_supervised if self._preference is None else batch.num_pairs for batch in window]
-        losses: list[Tensor] = []
-        margins: list[list[Tensor]] = []
-        router = RouterLoss(self.model)
-        for batch, count in zip(window, counts, strict=True):
-            margins.append([])
-            losses.append(torch.zeros((), device=self.model.lm_head.weight.device))
-            for part in batch.split(self._max_rows):
-                loss = self._loss(part, router, margins[-1])
-                losses[-1] += loss.detach() / count
-                router_loss = router.take()
-                if self._mean:
-                    share = part.num_rows / batch.num_rows
-                    loss = (loss / count + share * router_loss) / self._accumulation
-                else:
-                    loss = loss / sum(counts)
-                self._scaler.scale(loss).backward()
-                if stop():
-                    self._adamw.zero_grad()
-                    return []
+        results = advance_together([self], [window], stop)
+        if results is None:
+            return []
+        if isinstance(results[0], TrainingFailed):
+            raise results[0]
+        return results[0]
+
+    def _count(self, batch: PackedBatch) -> int:
+        """What its mean loss is over: tokens or pairs."""
+        return batch.num_supervised if self.preference is None else batch.num_pairs
+
+    def _ratios_of(self, part: PackedBatch) -> Tensor | None:
+        return None if self.preference is None else self.preference.reference_ratios(self.model, part)
+
+    def _loss(self, part: PackedBatch, losses: Tensor, ratios: Tensor | None, margins: list[Tensor]) -> Tensor:
+        """The loss summed over a part's tokens or pairs; `margins` gets those of its pairs."""
+        if self.preference is None or ratios is None:
+            return losses.sum()
+        found = self.preference.margins(part, losses, ratios)
+        margins.append(found.detach())
+        return preference_loss(found)
+
+    def _to_minimize(
+        self, loss: Tensor, router_loss: Tensor | float, part: PackedBatch, of: "_Window", i: int
+    ) -> Tensor:
+        """What a part of the micro-batch `i` of a window adds to the loss of the window, scaled for float16."""
+        if self._mean:
+            share = part.num_rows / of.batches[i].num_rows
+            return self._scaler.scale((loss / of.counts[i] + share * router_loss) / self._accumulation)
+        return self._scaler.scale(loss / sum(of.counts))
+
+    def _finish(self, of: "_Window") -> list[StepRecord]:
+        """Step by the gradients that are there."""
+        window, losses = of.batches, of.losses
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         *values, grad_norm = torch.stack([*losses, norm]).tolist()
@@ -150,21 +169,10 @@ class AdapterOptimizer:
                 grad_norm=grad_norm if i == len(window) - 1 else None,
                 supervised_tokens=batch.num_supervised,
                 tokens=batch.num_rows,
-                **_rewards(margins[i]),
+                **_rewards(of.margins[i]),
             )
             for i, batch in enumerate(window)
         ]
-
-    def _loss(self, part: PackedBatch, router: RouterLoss, margins: list[Tensor]) -> Tensor:
-        """The loss summed over a part's tokens or pairs; `margins` gets those of its pairs."""
-        if self._preference is None:
-            with router:  # not in the backward pass, which may run blocks again
-                return summed_loss(self.model, part, self.stack, checkpointing=self._checkpointing)
-        ratios = self._preference.reference_ratios(self.model, part)
-        with router:
-            found = self._preference.margins(self.model, part, self.stack, ratios, checkpointing=self._checkpointing)
-        margins.append(found.detach())
-        return preference_loss(found)
 
     def _check_finite(self, losses: list[float], grad_norm: float, rate: float) -> None:
         wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
@@ -174,7 +182,7 @@ class AdapterOptimizer:
             what, value, step = "gradient", grad_norm, self.step + len(losses)
         else:
             return
-        self._adamw.zero_grad()
+        self._abandon()
         advice = "or --dtype float32" if self.model.lm_head.weight.dtype != torch.float32 else "or a lower --grad-clip"
         raise TrainingFailed(
             f"the {what} became {value} at step {step} of {self._total} (learning rate {rate:.2e}); nothing was "
@@ -201,8 +209,75 @@ class AdapterOptimizer:
         self._adamw.load_state_dict(optimizer)
         self._scaler.load_state_dict(scaler)
 
+    def _abandon(self) -> None:
+        self._adamw.zero_grad()
+
     def _named(self) -> list[tuple[str, str, Tensor]]:
         return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in (("A", w.A), ("B", w.B))]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The micro-batches of one optimizer step of one adapter, and what comes of each."""
+
+    batches: Sequence[PackedBatch]
+    counts: list[int]
+    losses: list[Tensor]
+    """Means, over `counts`."""
+    margins: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, optimizer: AdapterOptimizer, batches: Sequence[PackedBatch]) -> "_Window":
+        zeros = [torch.zeros((), device=optimizer.model.lm_head.weight.device) for _ in batches]
+        return cls(batches, [optimizer._count(batch) for batch in batches], zeros, [[] for _ in batches])
+
+
+def advance_together(
+    optimizers: Sequence[AdapterOptimizer],
+    windows: Sequence[Sequence[PackedBatch]],
+    stop: Callable[[], bool] = lambda: False,
+) -> list[list[StepRecord] | TrainingFailed] | None:
+    """Take one optimizer step of each of several adapters on one base; their micro-batches share passes.
+
+    Args:
+        optimizers: all with the same `checkpointing` and `max_rows`, which is the limit of a shared pass.
+        windows: of each, its micro-batches; their numbers may differ.
+        stop: asked after every pass; once true all windows are abandoned.
+
+    Returns:
+        of each, a record per micro-batch, or why it could not step, and then its weights and optimizer are as before;
+        None if the windows were abandoned, and then nothing has changed.
+    """
+    lead = optimizers[0]
+    stack = lead.stack if len(optimizers) == 1 else AdapterStack([optimizer.weights for optimizer in optimizers])
+    work = [_Window.of(optimizer, window) for optimizer, window in zip(optimizers, windows, strict=True)]
+    router = RouterLoss(lead.model)
+    for i, batches in enumerate(zip_longest(*windows)):
+        present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
+        for parts in passes(present, lead.max_rows):
+            ratios = [optimizers[slot]._ratios_of(part) for slot, part in parts]
+            with router:  # not in the backward pass, which may run blocks again
+                losses = token_losses(lead.model, parts, stack, checkpointing=lead.checkpointing)
+            router_losses = router.take([part.num_rows for _, part in parts])
+            shares = []
+            for (slot, part), each, ratio, router_loss in zip(parts, losses, ratios, router_losses, strict=True):
+                window = work[slot]
+                loss = optimizers[slot]._loss(part, each, ratio, window.margins[i])
+                window.losses[i] += loss.detach() / window.counts[i]
+                shares.append(optimizers[slot]._to_minimize(loss, router_loss, part, window, i))
+            torch.stack(shares).sum().backward()
+            if stop():
+                for optimizer in optimizers:
+                    optimizer._abandon()
+                return None
+    return [_outcome(optimizer, window) for optimizer, window in zip(optimizers, work, strict=True)]
+
+
+def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] | TrainingFailed:
+    try:
+        return optimizer._finish(window)
+    except TrainingFailed as error:
+        return error
 
 
 def _rewards(margins: list[Tensor]) -> dict[str, Any]:

@@ -30,6 +30,17 @@ def show_summary(
         _console(stream).print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
 
+def show_sweep(stream: TextIO, losses: Mapping[str, float | None], best: str) -> None:
+    """Print the validation loss at each learning rate."""
+    shown = [(rate, failed_or(loss), "best" if rate == best else "") for rate, loss in losses.items()]
+    _table(_console(stream), ("learning rate", "validation loss", ""), shown)
+
+
+def failed_or(loss: float | None) -> str:
+    """A validation loss, or that there is none."""
+    return "failed" if loss is None else f"{loss:.4f}"
+
+
 def show_tables(
     stream: TextIO, sides: tuple[str, str], figures: Sequence[tuple[str, str, str]], answers: Sequence[Comparison]
 ) -> None:

@@ -1,56 +1,41 @@
-"""`train`: from a dialogue file to a published adapter, on a frozen base.
+"""`train`, `train_all`, `sweep`: from dialogue files to published adapters, on one frozen base.
 
-    read and check the data → initial adapter, or the checkpoint of an interrupted run → optimizer steps, with periodic
-    checkpoints and validation → card → publish
+    read and check the data → initial adapters, or the checkpoint of interrupted runs → optimizer steps, with periodic
+    checkpoints and validation → cards → publish
 
-The model runs exactly as it serves: one flat batch, one `LoraBatch`, whose A and B are parameters here. On a CPU a run
-that was killed anywhere and resumed publishes the same weights as one that was not; a GPU's attention kernels may add
-up in another order.
+The model runs exactly as it serves: one flat batch, one `LoraBatch`, whose A and B are parameters here. Several runs
+share each pass, every row with its own adapter, and a run alone is the case of one; a run that is done, or whose loss
+is no number, leaves the batch and the others go on. On a CPU runs that were killed anywhere and resumed publish the
+same weights as ones that were not; a GPU's attention kernels may add up in another order.
+
+One run keeps its state in `<folder>/<name>`. Several keep theirs in the folder of the first one's name: one checkpoint,
+so that they are all at the same step of the set, and a folder of each one's own for its tokens and metrics.
 """
 
-import functools
+import dataclasses
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from loraserve.base.load import Base
-from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
-from loraserve.lora.adapter import Adapter, LoraWeight
-from loraserve.lora.stack import AdapterStack
-from loraserve.registry import Record, Registry
+from loraserve.errors import InvalidRequest, LoraserveError, NotBetter, TrainingFailed, TrainingInterrupted
+from loraserve.registry import Registry
 from loraserve.train.allocator import give_back_large_tensors
-from loraserve.train.batch import PackedBatch, pack
-from loraserve.train.best import BestWeights
-from loraserve.train.card import CURVE, loss_curve, write_card
-from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_state, resumable, save_state
-from loraserve.train.data import Encoder
-from loraserve.train.dataset import discard_dataset, open_dataset
-from loraserve.train.figures import figures_of
-from loraserve.train.general import perplexity
-from loraserve.train.initial import start
+from loraserve.train.checkpoint import METRICS, discard, exclusive, load_states, resumable, save_states
+from loraserve.train.dataset import discard_dataset
 from loraserve.train.memory import plan_for
 from loraserve.train.options import TrainOptions
-from loraserve.train.preference import Preference, validate
-from loraserve.train.report import Metrics, Progress
-from loraserve.train.reporters import Reports
-from loraserve.train.samples import Comparison, compare
+from loraserve.train.publish import TrainResult, publish
+from loraserve.train.run import Run
 from loraserve.train.signals import stop_signals
-from loraserve.train.step import AdapterOptimizer
-from loraserve.train.summary import show_summary
-from loraserve.train.tokens import REJECTED
-from loraserve.train.verdict import warnings_of
+from loraserve.train.step import advance_together
+from loraserve.train.summary import show_sweep
 
 WORK_FOLDER = ".training"
-NUM_SAMPLE_ANSWERS = 3
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run: what was published, and its figures as the card and the manifest have them."""
-
-    record: Record
-    metrics: dict[str, Any]
+PUBLISHED = "published"
 
 
 def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO) -> TrainResult:
@@ -68,247 +53,194 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
         StorageError: a checkpoint or the adapter could not be written; the last good checkpoint stays.
     """
-    options.check()
-    if base.int8:
-        raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
-    work = registry.root / WORK_FOLDER
-    folder = (options.save_dir or work) / options.name
-    with exclusive(options.name, {work, folder.parent}):
-        run = _Run(base, registry, options, folder, stream)
-        with resumable(folder):
+    (outcome,) = train_all(base, registry, [options], stream)
+    if isinstance(outcome, LoraserveError):
+        raise outcome
+    assert outcome is not None  # a run alone leaves no state when it is published
+    return outcome
+
+
+def train_all(
+    base: Base, registry: Registry, options: Sequence[TrainOptions], stream: TextIO
+) -> list[TrainResult | TrainingFailed | NotBetter | None]:
+    """Train several adapters at once, each as it would be alone, and publish each under its name.
+
+    Args:
+        options: of each run. What is not one adapter's own (memory_budget, save_interval, save_dir, resume) is the
+            first one's.
+
+    Returns:
+        of each what was published, or why it was not; None if it was published before the set was resumed. Unless all
+        are published the state is kept, and resuming the same set goes on with the others.
+
+    Raises:
+        as `train`, but for what is one run's alone.
+    """
+    names = [each.name for each in options]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InvalidRequest(f"{count} runs have the name {name!r}; give each a name of its own", param="name")
+    with _trained(base, registry, options, names, stream) as trained:
+        outcomes: list[TrainResult | TrainingFailed | NotBetter | None] = []
+        for run in trained.runs:
+            outcomes.append(trained.failures.get(run.label))
+            if run.ended:
+                continue
+            if run.label:
+                print(f"\n{run.label}:", file=stream, flush=True)
             try:
-                run.loop()
-            finally:
-                run.close()
-            result = run.publish()
-        discard_dataset(folder)
-        discard(folder)
+                outcomes[-1] = publish(run)
+            except NotBetter as error:
+                outcomes[-1] = error
+                continue
+            run.ended = PUBLISHED
+            if run.label:
+                trained.save()
+        if all(run.ended == PUBLISHED for run in trained.runs):
+            trained.discard()
+        return outcomes
+
+
+def sweep(base: Base, registry: Registry, options: TrainOptions, rates: Sequence[float], stream: TextIO) -> TrainResult:
+    """Train `options` at each of several learning rates at once; publish what does best on validation.
+
+    Args:
+        rates: two or more different ones.
+
+    Returns:
+        what was published; `lr_sweep` of its metrics has the validation loss at each rate, None where it was no number.
+
+    Raises:
+        as `train`; TrainingFailed if it fails at every rate.
+    """
+    if not options.val_split and options.val_data is None:
+        raise InvalidRequest(
+            "a learning rate is chosen by the validation loss: add --val-split 0.1 or --val-data FILE", param="lr_sweep"
+        )
+    if len(rates) < 2 or len(set(rates)) < len(rates):
+        raise InvalidRequest("lr_sweep takes two or more different learning rates", param="lr_sweep")
+    each = [dataclasses.replace(options, learning_rate=rate) for rate in rates]
+    with _trained(base, registry, each, [f"lr-{rate}" for rate in rates], stream) as trained:
+        able = [run for run in trained.runs if not run.ended and run.best.loss is not None]
+        if not able:
+            raise next(
+                iter(trained.failures.values()),
+                TrainingFailed("at no rate the validation loss is a number; try lower ones"),
+            )
+        best = min(able, key=lambda run: run.best.loss or 0.0)
+        losses = {f"{run.options.learning_rate}": run.best.loss if run in able else None for run in trained.runs}
+        show_sweep(stream, losses, f"{best.options.learning_rate}")
+        result = publish(best, {"lr_sweep": losses})
+        trained.discard()
         return result
 
 
-class _Run:
-    def __init__(self, base: Base, registry: Registry, options: TrainOptions, folder: Path, stream: TextIO) -> None:
-        self.base, self.registry, self.options, self.folder = base, registry, options, folder
-        self.stream = stream
-        encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, options.max_seq_len)
-        note = functools.partial(print, file=stream, flush=True)
-        self.data, self.facts, self.dataset, val_sha256 = open_dataset(options, encoder, folder, note)
-        self.per_epoch = options.steps_per_epoch(len(self.dataset))
-        self.total = self.per_epoch * options.epochs
-        self.start = start(options, base, registry)
-        self.weights = self.start.weights
-        dpo = options.objective == "dpo"
-        self.preference = Preference(options.beta, self.start.reference()) if dpo else None
-        if options.memory_budget is None:  # the one takes memory for speed, the other speed for memory
-            base.model.pack_for_training()
-        else:
-            give_back_large_tensors()
-        batch = self.dataset.longest(options.batch_size)
-        self.plan = plan_for(base, self.weights, batch, options.memory_budget)
-        self.optimizer = AdapterOptimizer(
-            base.model,
-            self.weights,
-            total_steps=self.total,
-            peak_learning_rate=options.learning_rate,
-            lora_plus_ratio=options.lora_plus_ratio,
-            grad_clip=options.grad_clip,
-            accumulation_steps=options.accumulation_steps,
-            loss_reduction=options.loss_reduction,
-            checkpointing=self.plan.checkpointing,
-            max_rows=self.plan.max_rows,
-            preference=self.preference,
-        )
-        self.best = BestWeights(self.weights)
-        self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
-        hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
-        self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
-        state = load_state(folder, self.identity) if options.resume else None
-        self.seconds = 0.0
-        if state is not None:
-            self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
-            self.seconds = state.seconds
-            self.best.load(state.best)
-        else:
-            discard(folder)
-        done = self.optimizer.step
-        self.reports = Reports(
-            options.report_to,
-            name=options.name,
-            project=options.report_project,
-            recipe=self.recipe,
-            run_ids=state.run_ids if state else {},
-            step=done,
-        )
-        self.metrics = Metrics(folder / METRICS, done=done)
-        self.progress = Progress(
-            stream, total=self.total, epochs=options.epochs, done=done, log_interval=options.log_interval
-        )
-        self._announce(state, encoder.limit)
+class _Trained:
+    """Runs that share passes, and their one checkpoint in `folder`."""
 
-    def _announce(self, state: RunState | None, limit: int) -> None:
-        parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
-        held_out = f" and {self.dataset.num_val} for validation" if self.dataset.num_val else ""
-        self.progress.note(
-            f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "
-            f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
-            f"{len(self.dataset)} {self.options.rows_are}{held_out}, "
-            f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
-        )
-        self.progress.note(str(self.plan))
-        if self.facts.rejections.rows:
-            rejected = f"{self.facts.rejections.rows:,} rows left out, in full in {self.folder / REJECTED}"
-            self.progress.note(f"{rejected}: {self.facts.rejections}")
-        if self.facts.truncated:
-            self.progress.note(f"{self.facts.truncated} {self.options.rows_are} were cut at {limit} tokens")
-        for field, rows in self.facts.left_out.items():
-            self.progress.note(
-                f"warning: the base's chat template does not show {field!r} of {rows:,} {self.options.rows_are}"
-            )
-        if state is not None:
-            self.progress.note(f"resuming after step {state.step} of {self.total}")
-        elif self.options.resume:
-            self.progress.note(f"no checkpoint in {self.folder}: starting from the beginning")
+    def __init__(self, runs: Sequence[Run], folder: Path) -> None:
+        self.runs, self.folder = runs, folder
+        self.failures: dict[str, TrainingFailed] = {}
+        """By label."""
+
+    def save(self) -> None:
+        save_states(self.folder, [run.state() for run in self.runs])
+
+    def discard(self) -> None:
+        for run in self.runs:
+            discard_dataset(run.data_folder)
+            discard(run.folder)
+        discard(self.folder)
 
     def loop(self) -> None:
-        """Run to the last step; see `train` for what it raises."""
-        options, started = self.options, time.monotonic() - self.seconds
-        if not self.metrics.records:
-            self._validate()
+        """Run all to their last steps; raises TrainingInterrupted."""
+        for run in self.runs:
+            if not run.metrics.records:
+                run.validate()
+        begun = time.monotonic()
+        started = {run.label: begun - run.seconds for run in self.runs}
+        interval = self.runs[0].options.save_interval
         with stop_signals() as stop:
-            while not self._finished() and not stop.requested:
-                before = self.optimizer.step
-                records = self.optimizer.advance(self._window(), stop=lambda: bool(stop.requested))
-                self.seconds = time.monotonic() - started
-                for record in records:
-                    entry = {k: v for k, v in asdict(record).items() if v is not None or k == "grad_norm"}
-                    entry |= {"epoch": (record.step - 1) // self.per_epoch + 1, "seconds": round(self.seconds, 3)}
-                    self._log(entry)
-                if not records:
+            while (active := self._active()) and not stop.requested:
+                before = active[0].optimizer.step
+                windows = [run.window() for run in active]
+                results = advance_together([run.optimizer for run in active], windows, lambda: bool(stop.requested))
+                if results is None:
                     break
-                self.progress.advance(records)
-                if self.optimizer.step % self.per_epoch == 0:
-                    self._validate()
-                if self.optimizer.step // options.save_interval > before // options.save_interval:
-                    self._save()
-            self._save()
-        if not self._finished():
+                now = time.monotonic()
+                for run, result in zip(active, results, strict=True):
+                    if isinstance(result, TrainingFailed):
+                        self._fail(run, result)
+                    else:
+                        run.record(result, now - started[run.label])
+                if active[0].optimizer.step // interval > before // interval:
+                    self.save()
+            if len(self.failures) < len(self.runs):
+                self.save()
+        if active := self._active():
+            where = ", ".join(
+                f"{run.label and f'{run.label!r} '}after step {run.optimizer.step} of {run.total}" for run in active
+            )
             raise TrainingInterrupted(
-                f"stopped by {stop.requested} after step {self.optimizer.step} of {self.total}; the state is saved in "
-                f"{self.folder}; run the same command with --resume to go on"
+                f"stopped by {stop.requested} {where}; the state is saved in {self.folder}; run the same command with "
+                "--resume to go on"
             )
 
-    def _finished(self) -> bool:
-        """Whether all steps are done, or validation has not improved for the epochs of `patience`."""
-        patience, step = self.options.patience, self.optimizer.step
-        tired = patience is not None and step - self.best.step >= patience * self.per_epoch
-        return step >= self.total or tired
+    def _active(self) -> list[Run]:
+        return [run for run in self.runs if not run.finished]
 
-    def _window(self) -> list[PackedBatch]:
-        """The micro-batches of the next optimizer step; a window does not reach into the next epoch."""
-        epoch, first = divmod(self.optimizer.step, self.per_epoch)
-        size, order = self.options.batch_size, self.dataset.order(epoch)
-        last = min(first + self.options.accumulation_steps, self.per_epoch)
-        rows = [order[i * size : (i + 1) * size].tolist() for i in range(first, last)]
-        group = self.dataset.samples_per_row
-        return [pack([s for row in batch for s in self.dataset.samples(epoch, row)], group) for batch in rows]
+    def _fail(self, run: Run, error: TrainingFailed) -> None:
+        self.failures[run.label] = error
+        run.ended = str(error)
+        if run.label:
+            run.progress.note(f"failed: {error}")
 
-    def _validate(self) -> None:
-        if not self.dataset.num_val:
-            return
-        step, stack = self.optimizer.step, self.optimizer.stack
-        loss, accuracy = self._judge(stack if step else None)
-        self._log({"step": step, "val_loss": loss} | ({} if accuracy is None else {"val_accuracy": accuracy}))
-        right = "" if accuracy is None else f", accuracy {accuracy:.0%}"
-        self.progress.note(f"validation after step {step}/{self.total}: loss {loss:.4f}{right}")
-        if step:
-            self.best.offer(step, loss)
-            return
-        initial = self._judge(stack)[0] if self.start.parent else None
-        if initial is not None:
-            self.progress.note(f"validation of {self.options.init_from!r}: loss {initial:.4f}")
-        self.best.begin(loss, initial)
 
-    def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
-        rows, size, group = range(self.dataset.num_val), self.options.batch_size, self.dataset.samples_per_row
-        samples = ([s for row in rows[i : i + size] for s in self.dataset.val_samples(row)] for i in rows[::size])
-        batches = (part for each in samples for part in pack(each, group).split(self.plan.max_rows))
-        return validate(self.base.model, batches, stack, self.preference)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        self.metrics.add(record)
-        self.reports.add(record)
-
-    def _save(self) -> None:
-        state = RunState(
-            recipe=self.identity,
-            seconds=self.seconds,
-            run_ids=self.reports.run_ids,
-            best=self.best.state(),
-            **self.optimizer.state(),
-        )
-        save_state(self.folder, state)
-
-    def close(self) -> None:
-        self.progress.close()
-        self.metrics.close()
-        self.reports.close()
-
-    def publish(self) -> TrainResult:
-        """Judge the best weights, say how they do, and publish them if they are to be."""
-        self.best.restore()
-        metrics = self._figures()
-        warnings = warnings_of(
-            metrics,
-            [loss for _, loss in self.metrics.losses],
-            self.metrics.val_losses,
-            per_epoch=self.per_epoch,
-            learning_rate=self.options.learning_rate,
-        )
-        answers = compare(self.base, (None, self.weights), self.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
-        show_summary(self.stream, metrics, answers, warnings)
-        if self.best.is_better is False and self.options.publish == "better":
-            before = f"the base's loss is {metrics['val_loss_base']}"
-            if self.start.parent:
-                before += f", that of {self.options.init_from!r} is {metrics['val_loss_initial']},"
-            raise NotBetter(
-                f"{self.options.name!r} was not published: on validation {before} "
-                f"and the adapter's {metrics['val_loss']}; try another --learning-rate, or more and different "
-                f"dialogues; the state is in {self.folder}, and the same command with --resume --publish always "
-                "publishes it"
-            )
-        return self._publish(metrics, answers, warnings)
-
-    def _publish(self, metrics: dict[str, Any], answers: list[Comparison], warnings: list[str]) -> TrainResult:
-        trained = {
-            target: LoraWeight(weight.A.detach().cpu(), weight.B.detach().cpu(), weight.scaling)
-            for target, weight in self.weights.items()
-        }
-        rejections = self.facts.rejections
-        card = write_card(self.options.name, self.base.name, self.recipe, metrics, rejections, answers, warnings)
-        manifest = {
-            "base_fingerprint": self.base.fingerprint,
-            "base_name": self.base.name,
-            "parents": [self.start.parent] if self.start.parent else [],
-            "data_sha256": self.data.sha256,
-            "recipe": self.recipe,
-            "metrics": metrics,
-            "warnings": warnings,
-            "description": f"trained on {len(self.dataset)} {self.options.rows_are} of {self.data.name}",
-        }
-        files: dict[str, bytes | Path] = {
-            "README.md": card.encode(),
-            CURVE: loss_curve(self.metrics.losses, self.metrics.val_losses, self.best.step),
-            METRICS: self.metrics.path,
-        }
-        adapter = Adapter(trained, self.options.name)
-        record = self.registry.publish(self.options.name, adapter, self.start.config, manifest, files)
-        return TrainResult(record, metrics)
-
-    def _figures(self) -> dict[str, Any]:
-        return figures_of(self.metrics.records, self.best, self.per_epoch, self.seconds) | {
-            "perplexity_base": round(perplexity(self.base, None), 3),
-            "perplexity": round(perplexity(self.base, self.optimizer.stack), 3),
-            "dialogues": len(self.dataset),
-            "rejected_rows": self.facts.rejections.rows,
-            "num_parameters": sum(w.A.numel() + w.B.numel() for w in self.weights.values()),
-        }
+@contextmanager
+def _trained(
+    base: Base, registry: Registry, options: Sequence[TrainOptions], labels: Sequence[str], stream: TextIO
+) -> Iterator[_Trained]:
+    """The runs of `options` at their ends; while they last no other process may train their names."""
+    for each in options:
+        each.check()
+    if base.int8:
+        raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
+    alone, lead = len(options) == 1, options[0]
+    if lead.report_to and not alone:
+        raise InvalidRequest("--report-to takes one run; train them one by one, or leave it out", param="report_to")
+    work = registry.root / WORK_FOLDER
+    folder = (lead.save_dir or work) / lead.name
+    with ExitStack() as stack:
+        for name in dict.fromkeys(each.name for each in options):
+            stack.enter_context(exclusive(name, {work, folder.parent}))
+        folders = [folder] if alone else [folder / label for label in labels]
+        named = [""] if alone else labels
+        sweeping = not alone and len({each.name for each in options}) == 1
+        runs = [
+            Run(base, registry, each, own, folder if sweeping else own, stream, label)
+            for each, own, label in zip(options, folders, named, strict=True)
+        ]
+        base.model.pack_for_training()
+        if lead.memory_budget is not None:
+            give_back_large_tensors()
+        batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
+        plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget)
+        states = load_states(folder, {run.label: run.identity for run in runs}) if lead.resume else None
+        if states is None:
+            for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - set(folders):  # of another set
+                discard_dataset(stale)
+                discard(stale)
+            for each_folder in {folder, *folders}:
+                discard(each_folder)
+        if not alone:
+            print(f"training {len(runs)} adapters at once; {plan}", file=stream, flush=True)
+        trained = _Trained(runs, folder)
+        with resumable(folder):
+            with ExitStack() as opened:
+                for i, run in enumerate(runs):
+                    run.begin(plan, states[i] if states else None)
+                    opened.callback(run.close)
+                    if run.ended and run.ended != PUBLISHED:
+                        trained.failures[run.label] = TrainingFailed(run.ended, param="learning_rate")
+                trained.loop()
+            yield trained

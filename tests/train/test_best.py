@@ -51,7 +51,8 @@ def test_the_weights_of_the_best_epoch_are_published_and_not_the_last(base, regi
     stopped = Registry(tmp_path / "stopped", base.shapes, base.fingerprint)
     with pytest.raises(TrainingInterrupted):
         train(base, stopped, overfitting, SignalAt(f"step {best + 1}/36", signal.SIGINT))
-    state = torch.load(tmp_path / "stopped" / ".training" / "colours" / "checkpoint.pt", weights_only=True)
+    checkpoint = tmp_path / "stopped" / ".training" / "colours" / "checkpoint.pt"
+    (state,) = torch.load(checkpoint, weights_only=True)
     kept = registry.load("colours").weights
     assert all(torch.equal(state["best"]["weights"][f"{target}.B"], weight.B) for target, weight in kept.items())
     assert any("by heart after epoch" in warning for warning in record.warnings)

@@ -17,7 +17,7 @@ from loraserve.cli.main import main
 from loraserve.errors import DataError, InvalidRequest, TrainingInterrupted
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
-from loraserve.train.batch import dialogue_losses, pack, summed_loss
+from loraserve.train.batch import dialogue_losses, pack, summed_loss, token_losses
 from loraserve.train.data import Encoder
 from loraserve.train.initial import start
 from loraserve.train.options import TrainOptions
@@ -161,12 +161,13 @@ def test_a_run_is_the_one_that_the_paper_s_loss_gives_with_peft(
     loaded = peft.PeftModel.from_pretrained(plain, str(result.record.path)).eval()
     ids, first = answer_tokens(base, pairs[1]["chosen"])
     with torch.no_grad():
-        ours = -dialogue_losses(
-            base.model,
-            pack([sample_of(base, pairs[1])[0]]),
-            AdapterStack([registry.load("likes").weights]),
-        )
+        batch = pack([sample_of(base, pairs[1])[0]])
+        ours = -losses_of(base, batch, AdapterStack([registry.load("likes").weights]))
         torch.testing.assert_close(ours[0], log_probability(loaded, ids, first), atol=1e-3, rtol=1e-4)
+
+
+def losses_of(base, batch, stack):
+    return dialogue_losses(batch, token_losses(base.model, [(0, batch)], stack)[0])
 
 
 def sample_of(base, value):
@@ -191,7 +192,9 @@ def test_split_passes_keep_pairs_together_and_give_the_whole_gradient(base, head
         assert all(len(part.lengths) % 2 == 0 for part in parts) and (len(parts) > 2) == (max_rows is not None)
         for part in parts:
             ratios = preference.reference_ratios(base.model, part)
-            each = preference.margins(base.model, part, AdapterStack([weights]), ratios, checkpointing=checkpointing)
+            stack = AdapterStack([weights])
+            losses = token_losses(base.model, [(0, part)], stack, checkpointing=checkpointing)[0]
+            each = preference.margins(part, losses, ratios)
             part_loss = preference_loss(each)
             part_loss.backward()
             loss, margins = loss + part_loss.item(), [*margins, *each.tolist()]
@@ -201,7 +204,7 @@ def test_split_passes_keep_pairs_together_and_give_the_whole_gradient(base, head
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-3)
     assert found[0][2].abs().max() > 0.01
     torch.testing.assert_close(found[0][2], found[1][2], atol=1e-3, rtol=1e-3)
-    losses = dialogue_losses(base.model, batch, None)
+    losses = losses_of(base, batch, None)
     for i in range(10):
         alone = pack(random_samples(10)[i : i + 1])
         assert losses[i].item() == pytest.approx(summed_loss(base.model, alone, None).item(), rel=1e-4)

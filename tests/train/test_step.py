@@ -17,9 +17,9 @@ from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import RouterLoss, pack, summed_loss
-from loraserve.train.checkpoint import RunState, load_state, save_state
+from loraserve.train.checkpoint import RunState, load_states, save_states
 from loraserve.train.data import Encoder, Sample
-from loraserve.train.step import AdapterOptimizer
+from loraserve.train.step import AdapterOptimizer, advance_together
 from tests.train.conftest import dataset_of
 
 
@@ -182,13 +182,14 @@ def test_an_abandoned_window_changes_nothing(base, tmp_path):
     batches = [pack(random_samples(2, seed)) for seed in range(3)]
     trainer.advance(batches)
     before = values(weights)
-    save_state(tmp_path, RunState(recipe={}, seconds=0.0, best={}, run_ids={}, **trainer.state()))
+    state = RunState(name="", ended="", recipe={}, seconds=0.0, best={}, run_ids={}, **trainer.state())
+    save_states(tmp_path, [state])
     asked = iter([False, True])
     assert trainer.advance(batches, stop=lambda: next(asked)) == []
     assert trainer.step == 3 and values(weights).equal(before)
     again = trainable(base)
     other = optimizer(base, again)
-    state = load_state(tmp_path, {})
+    (state,) = load_states(tmp_path, {"": {}})
     other.load(state.step, state.weights, state.optimizer, state.scaler)
     assert trainer.advance(batches) == other.advance(batches)
     assert values(weights).equal(values(again)) and not values(weights).equal(before)
@@ -254,7 +255,7 @@ def test_mean_reduction_adds_the_router_loss_of_experts(moe_base, base):
     hooks = [g.register_forward_hook(lambda module, args, _out: inputs.update({module: args[0]})) for g in gates]
     with RouterLoss(moe_base.model) as router:
         summed_loss(moe_base.model, batch, AdapterStack([weights]))
-        found = router.take()
+        (found,) = router.take([batch.num_rows])
     for hook in hooks:
         hook.remove()
     expected = 0.0
@@ -270,9 +271,71 @@ def test_mean_reduction_adds_the_router_loss_of_experts(moe_base, base):
     assert found.item() > 1e-3
     with RouterLoss(base.model) as router:
         summed_loss(base.model, batch, None)
-        assert router.take() == 0.0
+        assert router.take([batch.num_rows]) == [0.0]
     norms = [
         optimizer(moe_base, trainable(moe_base), loss_reduction=reduction).advance([batch])[0].grad_norm
         for reduction in ("tokens", "mean")
     ]
     assert norms[0] != norms[1]
+
+
+def different(base):
+    """Three adapters that differ in targets, ranks, rates, reductions and how many micro-batches a step takes."""
+    attention = {t: w for t, w in trainable(base, 1).items() if ".self_attn." in t}
+    no_head = {t: w for t, w in trainable(base, 2).items() if t != "lm_head"}
+    options = [
+        {"accumulation_steps": 2},
+        {"peak_learning_rate": 3e-3, "loss_reduction": "mean"},
+        {"total_steps": 40, "grad_clip": 0.1, "accumulation_steps": 3},
+    ]
+    optimizers = [optimizer(base, w, **o) for w, o in zip((trainable(base), attention, no_head), options, strict=True)]
+    windows = [[pack(random_samples(2 + i, seed=10 * slot + i)) for i in range(n)] for slot, n in enumerate((2, 1, 3))]
+    return optimizers, windows
+
+
+@pytest.mark.parametrize(("which", "max_rows"), [("base", None), ("base", 50), ("moe_base", None)])
+def test_adapters_that_step_together_step_as_each_does_alone(which, max_rows, request):
+    """Catches rows that meet a neighbour's adapter, a loss divided by all tokens, one clipping or rate for all.
+
+    With `mean` experts are balanced within a pass, so only whole batches can agree there.
+    """
+    base = request.getfixturevalue(which)
+    together, windows = different(base)
+    alone, _ = different(base)
+    start = [values(o.weights) for o in together]
+    for o in together:
+        o.max_rows = max_rows
+    for _ in range(3):
+        results = advance_together(together, windows)
+        for got, o, window in zip(results, alone, windows, strict=True):
+            for record, expected in zip(got, o.advance(window), strict=True):
+                assert record.loss == pytest.approx(expected.loss, rel=1e-5)
+                assert (record.grad_norm or 0) == pytest.approx(expected.grad_norm or 0, rel=1e-3)
+                assert (record.step, record.lr, record.tokens) == (expected.step, expected.lr, expected.tokens)
+    for o, expected, before in zip(together, alone, start, strict=True):
+        assert (values(o.weights) - before).abs().max() > 5e-3
+        torch.testing.assert_close(values(o.weights), values(expected.weights), atol=2e-4, rtol=0)
+
+
+def test_an_adapter_that_is_no_number_leaves_the_others_as_they_are_alone(base):
+    """Also where each has so few rows that serving would put them into one product."""
+    samples = [Sample(torch.arange(5, 11, dtype=torch.int32), torch.tensor([False] * 3 + [True] * 3))]
+    together, alone = ([optimizer(base, trainable(base, seed)) for seed in (0, 0, 2)] for _ in range(2))
+    before = values(together[2].weights)
+    together[1].weights["model.layers.0.mlp.down_proj"].B.data.fill_(float("nan"))
+    first, failed, third = advance_together(together, [[pack(samples)]] * 3)
+    assert isinstance(failed, TrainingFailed) and "the loss became nan at step 1 of 12" in str(failed)
+    for i, records in ((0, first), (2, third)):
+        (expected,) = alone[i].advance([pack(samples)])
+        assert records[0].loss == pytest.approx(expected.loss, rel=1e-5)
+        torch.testing.assert_close(values(together[i].weights), values(alone[i].weights), atol=1e-4, rtol=0)
+    assert (values(together[2].weights) - before).abs().max() > 1e-3 and together[1].step == 0
+
+
+def test_a_stop_abandons_the_step_of_all(base):
+    optimizers, windows = different(base)
+    before = [values(o.weights) for o in optimizers]
+    assert advance_together(optimizers, windows, stop=lambda: True) is None
+    for o, was in zip(optimizers, before, strict=True):
+        assert torch.equal(values(o.weights), was) and o.step == 0
+        assert all(w.A.grad is None and w.B.grad is None for w in o.weights.values())
