@@ -4,6 +4,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -41,6 +42,10 @@ class Base:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return self.config.linear_shapes()
+
+    def weight_of(self, target: str) -> torch.Tensor:
+        """The weight (out, in) of one linear layer, in `dtype`, never rounded to 8 bits."""
+        return cast(torch.Tensor, self.model.get_submodule(target).weight).detach()
 
     @property
     def eos_ids(self) -> frozenset[int]:

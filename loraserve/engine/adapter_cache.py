@@ -20,6 +20,7 @@ from loraserve.engine.loading import Job, Loader
 from loraserve.engine.residency import Choice, Entry, Residency
 from loraserve.errors import NotReady
 from loraserve.lora.adapter import Adapter
+from loraserve.lora.dora import WeightOf
 from loraserve.lora.spec import Spec, Term
 from loraserve.registry import Registry
 
@@ -36,7 +37,7 @@ class AdapterCache:
     Args:
         capacity: bytes of A and B on the device at most, those that requests hold included.
         host_capacity: bytes of copies in the host's memory where that is another one.
-        has_host: see `AdapterTiers`.
+        has_host, weight_of: see `AdapterTiers`.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class AdapterCache:
         capacity: int,
         host_capacity: int | None = None,
         has_host: bool | None = None,
+        weight_of: WeightOf | None = None,
     ) -> None:
         dtype = serving_dtype(dtype)
         self._registry = registry
-        self._tiers = AdapterTiers(registry, device, dtype, host_capacity or HOST_SHARE * capacity, has_host)
+        host_capacity = host_capacity or HOST_SHARE * capacity
+        self._tiers = AdapterTiers(registry, device, dtype, host_capacity, has_host, weight_of)
         self._loader = Loader(registry, self._tiers, dtype.itemsize)
         self._table = Residency(capacity)
         self._line: dict[Lease, None] = {}  # who waits, in order of arrival

@@ -14,6 +14,7 @@ from collections import OrderedDict
 import torch
 
 from loraserve.lora.adapter import Adapter
+from loraserve.lora.dora import WeightOf, prepared
 from loraserve.lora.packed import Packed
 from loraserve.registry import Registry
 
@@ -30,6 +31,7 @@ class AdapterTiers:
         dtype: of A and B on host and device.
         host_capacity: bytes of copies in the host's memory.
         has_host: whether copies are kept there, by default where the device has a memory of its own.
+        weight_of: the base's weights, which DoRA adapters are prepared for; None if there are none of them.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class AdapterTiers:
         dtype: torch.dtype,
         host_capacity: int,
         has_host: bool | None = None,
+        weight_of: WeightOf | None = None,
     ) -> None:
         self._registry = registry
         self._device = device
         self._dtype = dtype
+        self._weight_of = weight_of
         self._host_capacity = host_capacity
         self.has_host = device.type != "cpu" if has_host is None else has_host
         self._host: OrderedDict[str, tuple[object, Packed]] = OrderedDict()  # name -> (files' signature, copy)
@@ -84,7 +88,10 @@ class AdapterTiers:
             if held is not None and held[0] == signature:
                 self._host.move_to_end(name)
                 return held[1]
-        packed = Packed.of(self._registry.load(name), self._dtype, pinned=self._device.type == "cuda")
+        adapter = self._registry.load(name)
+        if self._weight_of is not None:
+            adapter = prepared(adapter, self._weight_of)
+        packed = Packed.of(adapter, self._dtype, pinned=self._device.type == "cuda")
         if self.has_host:
             with self._lock:
                 self._host.pop(name, None)

@@ -28,6 +28,7 @@ from loraserve.engine.slots import Slots
 from loraserve.errors import LoraserveError, NotFinite
 from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
+from loraserve.lora.dora import prepared
 from loraserve.lora.stack import AdapterStack
 
 PROMPTS = (
@@ -97,7 +98,8 @@ def compare(
     Raises:
         NotFinite: logits of either are no longer numbers.
     """
-    active = tuple((adapter.to(base.device, serving_dtype(base.dtype)), factor) for adapter, factor in adapters)
+    ready = [(prepared(adapter, base.weight_of), factor) for adapter, factor in adapters]
+    active = tuple((adapter.to(base.device, serving_dtype(base.dtype)), factor) for adapter, factor in ready)
     chats = base.template.source is not None
     rendered = [base.template.render([{"role": "user", "content": p}]) if chats else p for p in prompts]
     limit = base.config.max_position_embeddings

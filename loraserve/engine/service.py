@@ -100,7 +100,7 @@ class Service:
         self.base = base
         self.registry = registry
         self.max_queue = max_queue
-        self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory)
+        self.adapters = AdapterCache(registry, base.device, base.dtype, adapter_memory, weight_of=base.weight_of)
         num_slots = self.max_num_seqs + min(prefix_memory // per_sequence, MAX_PREFIXES)
         self._slots = Slots(num_slots, share_prefixes=prefix_memory > 0)
         cache = apart(KVCache, base.config, num_slots, self.max_model_len, base.device, base.dtype)

@@ -2,6 +2,7 @@
 
     y = W x + weight · scaling · B (A x)
 
+and for DoRA a magnitude m (out,) besides; see `lora/dora.py`.
 Targets are module paths of the base (`model.layers.0.self_attn.q_proj`, `model.layers.1.mlp.experts.3.up_proj`,
 `lm_head`). This module knows the base only as `{target: (out_features, in_features)}`.
 Source: LoRA, arXiv:2106.09685; rsLoRA's scaling alpha/sqrt(r), arXiv:2312.03732.
@@ -9,7 +10,7 @@ Source: LoRA, arXiv:2106.09685; rsLoRA's scaling alpha/sqrt(r), arXiv:2312.03732
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -31,10 +32,26 @@ class LoraWeight:
     A: Tensor
     B: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    """m (out,) of DoRA, as it was trained. It cannot be computed with before `dora.prepared` has seen the base."""
+    gain: Tensor | None = None
+    """g - 1 (out,) of DoRA prepared for a base; B is then g ⊙ B."""
 
     @property
     def r(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its numbers."""
+        return [tensor for tensor in (self.A, self.B, self.magnitude, self.gain) if tensor is not None]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LoraWeight":
+        """The same on `device`, in `dtype` or its own; B lies there by columns, as a delta reads it."""
+        magnitude, gain = (t if t is None else t.to(device, dtype or t.dtype) for t in (self.magnitude, self.gain))
+        A = self.A.to(device, dtype or self.A.dtype).contiguous()
+        B = self.B.to(device, dtype or self.B.dtype).T.contiguous().T
+        return replace(self, A=A, B=B, magnitude=magnitude, gain=gain)
 
     def delta(self) -> Tensor:
         """ΔW (out, in) in float32."""
@@ -58,23 +75,24 @@ class Adapter:
         for target in sorted(self.weights):
             weight = self.weights[target]
             sha.update(f"{target}|{weight.scaling!r}|{tuple(weight.A.shape)}|{tuple(weight.B.shape)}|".encode())
-            for tensor in (weight.A, weight.B):
+            for tensor in weight.tensors:
                 sha.update(str(tensor.dtype).encode())
                 sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
     @cached_property
     def num_bytes(self) -> int:
-        """Of all A and B. Asked for often, of every adapter on the device, while the engine waits."""
-        return sum(t.numel() * t.element_size() for w in self.weights.values() for t in (w.A, w.B))
+        """Of all its tensors. Asked for often, of every adapter on the device, while the engine waits."""
+        return sum(t.numel() * t.element_size() for w in self.weights.values() for t in w.tensors)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
-        """The same adapter with A and B on `device` in `dtype`; B lies there by columns, as a delta reads it."""
-        moved = {
-            t: LoraWeight(w.A.to(device, dtype).contiguous(), w.B.to(device, dtype).T.contiguous().T, w.scaling)
-            for t, w in self.weights.items()
-        }
-        return Adapter(moved, self.name)
+        """The same adapter with its tensors on `device` in `dtype`; see `LoraWeight.to`."""
+        return Adapter({target: weight.to(device, dtype) for target, weight in self.weights.items()}, self.name)
+
+    @cached_property
+    def is_dora(self) -> bool:
+        """Whether a target has a magnitude, prepared for a base or not."""
+        return any(w.magnitude is not None or w.gain is not None for w in self.weights.values())
 
 
 def find_size_problems(
@@ -114,11 +132,14 @@ def _find_value_problems(adapter: Adapter) -> list[str]:
         bad = [t for t, w in adapter.weights.items() if not torch.isfinite(w.A if label == "A" else w.B).all()]
         if bad:
             problems.append(f"{list_some(bad)}: lora_{label} contains NaN or Inf")
+    magnitudes = {t: w.magnitude for t, w in adapter.weights.items() if w.magnitude is not None}
+    if bad := [t for t, magnitude in magnitudes.items() if not torch.isfinite(magnitude).all()]:
+        problems.append(f"{list_some(bad)}: lora_magnitude_vector contains NaN or Inf")
     if absurd := [t for t, w in adapter.weights.items() if not 0 < abs(w.scaling) <= MAX_SCALING]:
         problems.append(f"{list_some(absurd)}: a scaling of {adapter.weights[absurd[0]].scaling:g} is no use")
     for label in ("A", "B"):
         tensors = [w.A if label == "A" else w.B for w in adapter.weights.values()]
-        if tensors and not any(tensor.count_nonzero() for tensor in tensors):
+        if tensors and not magnitudes and not any(tensor.count_nonzero() for tensor in tensors):
             problems.append(f"every lora_{label} is zero: it would change nothing (an untrained adapter?)")
     return problems
 

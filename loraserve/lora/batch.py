@@ -9,6 +9,8 @@ while decoding share one batched product. In training each slot takes its own, s
 through another's rows, not even times zero. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
 float32, in training and in serving alike.
 
+DoRA's gains multiply y first (`lora/dora.py`).
+
 Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
 no row has an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests'
 oracle.
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from loraserve.kernels import dispatch
 from loraserve.kernels.dispatch import Kernels
+from loraserve.lora.dora import Gains
 from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
@@ -209,8 +212,17 @@ class LoraBatch:
     def _plan(self, kernels: Kernels | None) -> list[Work]:
         if (planned := kernels is not None) not in self._plans:
             slots = range(len(self.stack.adapters))
-            self._plans[planned] = self._plan_for(kernels) if kernels else self._plan_for_groups(slots)
+            plan = self._plan_for(kernels) if kernels else self._plan_for_groups(slots)
+            self._plans[planned] = [*self._plan_gains(), *plan]
         return self._plans[planned]
+
+    def _plan_gains(self) -> list[Work]:
+        """The gains of DoRA, which must meet the base's outputs before a delta does."""
+        slots = self.stack.dora_slots
+        rows = (self.row_weights[:, slots] != 0).any(dim=1).nonzero().squeeze(1)  # (n,)
+        if not len(rows):
+            return []
+        return [Gains(self.stack, rows.to(self._device), self.row_weights[rows].to(self._device))]
 
     def _plan_for(self, kernels: Kernels) -> list[Work]:
         """The kernel for slots of few rows, matrix products for the others."""

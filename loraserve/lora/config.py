@@ -39,6 +39,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
     exclude_modules: Sequence[str] | str = ()
     layers_to_transform: Sequence[int] | None = None
@@ -67,6 +68,7 @@ class LoraConfig:
             rank_pattern=fields.pattern("rank_pattern", integers=True),
             alpha_pattern=fields.pattern("alpha_pattern", integers=False),
             use_rslora=bool(data.get("use_rslora")),
+            use_dora=bool(data.get("use_dora")),
             fan_in_fan_out=bool(data.get("fan_in_fan_out")),
             exclude_modules=fields.names_or_regex("exclude_modules"),
             layers_to_transform=fields.layers("layers_to_transform"),
@@ -94,6 +96,7 @@ class LoraConfig:
             target_modules=tuple(compact_targets(adapter.weights, shapes or {})),
             rank_pattern={re.escape(t): rank for t, rank in ranks.items() if rank != r},
             alpha_pattern={re.escape(t): value for t, value in alphas.items() if value != alpha},
+            use_dora=adapter.is_dora,
             base_model_name_or_path=base,
         )
 
@@ -117,7 +120,7 @@ class LoraConfig:
             "layers_pattern": _list_or_none(self.layers_pattern),
             "lora_dropout": self.lora_dropout,
             "bias": "none",
-            "use_dora": False,
+            "use_dora": self.use_dora,
             "modules_to_save": None,
             "init_lora_weights": True,
             "inference_mode": True,

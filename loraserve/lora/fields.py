@@ -18,7 +18,6 @@ HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 UNSUPPORTED = {
     "modules_to_save": "whole retrained layers",
     "target_parameters": "adapters on fused expert tensors; target the experts' linear layers one by one",
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "trainable_token_indices": "retrained token embeddings",
     "layer_replication": "replicated layers",
@@ -34,8 +33,15 @@ UNSUPPORTED = {
 }
 KNOWN = {
     *UNSUPPORTED,
-    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "base_model_name_or_path"),
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *(
+        "fan_in_fan_out",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "base_model_name_or_path",
+    ),
     *("revision", "bias", "init_lora_weights", "peft_type"),
     # Without influence on what a saved adapter computes.
     *("task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size"),

@@ -1,6 +1,7 @@
 """Folding adapters into weights, and several adapters into one.
 
     merged = cast(fp32(W) + Σ weight · scaling · B A)         rounded once, into a new tensor
+    DoRA:  cast(fp32(W) + Σ weight · (g ⊙ (W + scaling · B A) - W))
     blend: A = [A₁; A₂; …], B = [w₁·s₁·B₁, w₂·s₂·B₂, …], scaling 1, so that B A = Σ wᵢ·sᵢ·Bᵢ Aᵢ exactly
 
 Source: LoRA, arXiv:2106.09685, section 4.1; the concatenation is PEFT's combination_type="cat".
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loraserve.errors import AdapterRefused
 from loraserve.lora.adapter import Adapter, LoraWeight
+from loraserve.lora.dora import gain_of
 
 
 def merged_weight(
@@ -27,9 +30,14 @@ def merged_weight(
     Returns:
         A new (out, in) tensor; a copy of W where there are no updates.
     """
+    pristine = weight.float()
     merged = weight.to(torch.float32, copy=True)
     for update, factor in updates:
-        merged += factor * update.delta().to(merged.device)
+        change = update.delta().to(merged.device)
+        if update.magnitude is not None:
+            gain = gain_of(pristine, update).to(merged.device).unsqueeze(1)  # (out, 1)
+            change = gain * change + (gain - 1) * pristine
+        merged += factor * change
     return merged.to(dtype or weight.dtype)
 
 
@@ -41,7 +49,15 @@ def combine(parts: Sequence[tuple[Adapter, float]], name: str = "") -> Adapter:
 
     Returns:
         An adapter on the union of the targets, whose rank at each is the sum of the parts' ranks there, in float32.
+
+    Raises:
+        AdapterRefused: a part is a DoRA adapter, whose change of W has no low rank.
     """
+    if dora := [adapter.name for adapter, factor in parts if factor and adapter.is_dora]:
+        fault = (
+            "a DoRA adapter cannot be part of one LoRA adapter; serve the blend as a SPEC, or merge it into the base"
+        )
+        raise AdapterRefused(dora[0], [fault])
     weights = {}
     for target in dict.fromkeys(target for adapter, _ in parts for target in adapter.weights):
         here = [(a.weights[target], factor) for a, factor in parts if factor and target in a.weights]

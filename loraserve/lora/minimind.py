@@ -72,6 +72,8 @@ def write_minimind(
     """
     square = {target: shape[0] for target, shape in shapes.items() if shape[0] == shape[1]}
     problems = []
+    if adapter.is_dora:
+        problems.append("MiniMind's format has no magnitudes for DoRA; merge it into the base with loraserve merge")
     if others := [target for target in adapter.weights if target not in square]:
         problems.append(f"MiniMind's format has only square linear layers, not {list_some(others)}")
     if wide := [f"{target} (rank {w.r})" for target, w in adapter.weights.items() if w.r > rank]:

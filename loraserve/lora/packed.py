@@ -1,12 +1,13 @@
 """An adapter in one piece of memory, so that it moves from one memory to another in one copy.
 
-Each A (r, in) lies as it is and each B (out, r) by columns, as a delta reads it. Ranks are not padded; parts begin on a
-cache line.
+Each A (r, in) lies as it is and each B (out, r) by columns, as a delta reads it; DoRA's gain (out,) follows. Ranks are
+not padded; parts begin on a cache line.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ class Packed:
         for target, weight in adapter.weights.items():
             views[target].A.copy_(weight.A)
             views[target].B.copy_(weight.B)
-        layout = [(target, tuple(w.A.shape), w.B.shape[0], w.scaling) for target, w in views.items()]
+            if weight.gain is not None:
+                cast(Tensor, views[target].gain).copy_(weight.gain)
+        layout = [
+            (target, tuple(w.A.shape), w.B.shape[0], w.scaling, w.gain is not None) for target, w in views.items()
+        ]
         sha = hashlib.sha256(repr((str(dtype), layout)).encode())
         sha.update(buffer.view(torch.uint8).numpy().data)
         return cls(buffer, Adapter(views, adapter.name, sha.hexdigest()))
@@ -56,12 +61,16 @@ def _views(buffer: Tensor, weights: Mapping[str, LoraWeight]) -> dict[str, LoraW
         at += _aligned(r * width, buffer.dtype)
         B = buffer[at : at + r * out].view(r, out).T
         at += _aligned(r * out, buffer.dtype)
-        views[target] = LoraWeight(A, B, weight.scaling)
+        gain = None
+        if weight.gain is not None:
+            gain = buffer[at : at + out]
+            at += _aligned(out, buffer.dtype)
+        views[target] = LoraWeight(A, B, weight.scaling, gain=gain)
     return views
 
 
 def _span(weight: LoraWeight, dtype: torch.dtype) -> int:
-    return _aligned(weight.A.numel(), dtype) + _aligned(weight.B.numel(), dtype)
+    return sum(_aligned(tensor.numel(), dtype) for tensor in weight.tensors)
 
 
 def _aligned(count: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
     base_model.model.<module path>.lora_A.weight   (r, in)
     base_model.model.<module path>.lora_B.weight   (out, r)
+    base_model.model.<module path>.lora_magnitude_vector   (out,), of DoRA
 
 Reading trusts nothing: the header is checked before any tensor is allocated, files are read and never mapped (a file
 that shrinks under a mapping kills the process), pickles are not opened, and all problems are reported at once.
@@ -38,6 +39,7 @@ CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 
 _KEY = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_(?P<half>[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<target>.+)\.lora_magnitude_vector")
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_CONFIG = 2 << 20
 _MAX_UNSOUND = 256 << 20
@@ -53,13 +55,16 @@ class Scan:
     config: LoraConfig | None = None
     sizes: Sizes = field(default_factory=dict)
     """{target: (shape of A, shape of B)}."""
+    magnitudes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """{target: shape of DoRA's magnitude}."""
     size_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(a) + math.prod(b) for a, b in self.sizes.values())
+        halves = sum(math.prod(a) + math.prod(b) for a, b in self.sizes.values())
+        return halves + sum(math.prod(shape) for shape in self.magnitudes.values())
 
     @property
     def rank(self) -> int:
@@ -131,11 +136,13 @@ def write_adapter(path: Path, adapter: Adapter, config: LoraConfig) -> None:
     """Write `adapter` as a PEFT directory; each file is replaced whole.
 
     Raises:
-        AdapterRefused: `config` does not give every target the rank and scaling that `adapter` has.
+        AdapterRefused: `config` does not give every target the rank, scaling and magnitude that `adapter` has.
         StorageError: writing failed; a file that was there is as before.
     """
     problems = []
     for target, weight in adapter.weights.items():
+        if config.use_dora != (weight.magnitude is not None):
+            problems.append(f"{target} has {'no' if config.use_dora else 'a'} magnitude, unlike use_dora in its config")
         if not config.matches(target):
             problems.append(f"its config does not target {target}")
         elif config.rank_of(target) != weight.r or not math.isclose(
@@ -151,6 +158,8 @@ def write_adapter(path: Path, adapter: Adapter, config: LoraConfig) -> None:
     for target, weight in adapter.weights.items():
         tensors[f"{PREFIX}{target}.lora_A.weight"] = weight.A.detach().cpu().clone().contiguous()
         tensors[f"{PREFIX}{target}.lora_B.weight"] = weight.B.detach().cpu().clone().contiguous()
+        if weight.magnitude is not None:
+            tensors[f"{PREFIX}{target}.lora_magnitude_vector"] = weight.magnitude.detach().cpu().clone()
     with storage_errors(f"write the adapter to {path}"):
         path.mkdir(parents=True, exist_ok=True)
         write_file(path / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -173,7 +182,11 @@ def _pair_keys(header: Mapping[str, Any], scan: Scan, shapes: Shapes | None) -> 
     left, odd = [], []
     for key, entry in header.items():
         match = _KEY.fullmatch(key)
-        if match and ".lora_" not in match["target"] and not match["target"].endswith(".base_layer"):
+        if magnitude := _MAGNITUDE.fullmatch(key):
+            scan.magnitudes[magnitude["target"]] = tuple(entry["shape"])
+            if entry["dtype"] not in _DTYPES:
+                odd.append(f"{key} ({entry['dtype']})")
+        elif match and ".lora_" not in match["target"] and not match["target"].endswith(".base_layer"):
             halves.setdefault(match["target"], {})[match["half"]] = tuple(entry["shape"])
             if entry["dtype"] not in _DTYPES:
                 odd.append(f"{key} ({entry['dtype']})")
@@ -197,7 +210,6 @@ def _pair_keys(header: Mapping[str, Any], scan: Scan, shapes: Shapes | None) -> 
 def _explain(keys: list[str]) -> str:
     """What kind of adapter left-over keys belong to, as far as it can be told."""
     kinds = {
-        "lora_magnitude_vector": "DoRA",
         "lora_embedding_": "an adapter on embeddings",
         ".experts.base_layer.lora_": "an adapter on fused experts",
         ".experts.lora_": "an adapter on fused experts",
@@ -222,6 +234,17 @@ def _compare_with_config(scan: Scan, config: LoraConfig, shapes: Shapes | None) 
     ]
     if ranks:
         scan.problems.append(list_some(ranks))
+    if scan.magnitudes and not config.use_dora:
+        scan.problems.append(f"it has DoRA's lora_magnitude_vector, but {CONFIG_FILE} does not say use_dora")
+    elif config.use_dora and (bare := [target for target in scan.sizes if target not in scan.magnitudes]):
+        scan.problems.append(f"use_dora needs a lora_magnitude_vector, which is missing for {list_some(bare)}")
+    if stray := [target for target in scan.magnitudes if target not in scan.sizes]:
+        scan.problems.append(f"lora_magnitude_vector without lora_A and lora_B: {list_some(stray)}")
+    for target, shape in scan.magnitudes.items():
+        if target in scan.sizes and shape != scan.sizes[target][1][:1]:
+            scan.problems.append(
+                f"{target}: lora_magnitude_vector {shape} and lora_B {scan.sizes[target][1]} do not fit"
+            )
     absent = [target for target in shapes or () if config.matches(target) and target not in scan.sizes]
     if absent:
         scan.warnings.append(f"no weights for {list_some(absent)}, though target_modules names it")
@@ -235,5 +258,6 @@ def _weights_of(tensors: Mapping[str, torch.Tensor], scan: Scan) -> dict[str, Lo
         A, B = tensors[f"{PREFIX}{target}.lora_A.weight"], tensors[f"{PREFIX}{target}.lora_B.weight"]
         if A.dtype == torch.float64 or B.dtype != A.dtype:  # PEFT computes these in float32
             A, B = A.float(), B.float()
-        weights[target] = LoraWeight(A, B, scan.config.scaling_of(target) if scan.config else 1.0)
+        magnitude = tensors[f"{PREFIX}{target}.lora_magnitude_vector"].float() if target in scan.magnitudes else None
+        weights[target] = LoraWeight(A, B, scan.config.scaling_of(target) if scan.config else 1.0, magnitude)
     return weights

@@ -101,6 +101,9 @@ class AdapterStack:
         for slot, weights in enumerate(self.adapters):
             layouts.setdefault(tuple(sorted((target, w.r) for target, w in weights.items())), []).append(slot)
         self.groups = [Group(slots, [self.adapters[slot] for slot in slots]) for slots in layouts.values()]
+        self.dora_slots = [i for i, a in enumerate(self.adapters) if any(w.gain is not None for w in a.values())]
+        assert not any(w.magnitude is not None for a in self.adapters for w in a.values()), "not prepared for a base"
+        self._gains: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
         self._deltas: dict[tuple[tuple[str, ...], torch.dtype], Deltas | None] = {}
         self._sites: dict[tuple[Sites, torch.dtype], AdapterSites] = {}
 
@@ -116,6 +119,20 @@ class AdapterStack:
                 return deltas  # in training it changes with each step
             self._deltas[targets, dtype] = deltas
         return self._deltas[targets, dtype]
+
+    def gains(self, targets: tuple[str, ...], widths: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """(slot, g - 1 (Σout,) float32 at layers of one input) of every DoRA adapter that touches them."""
+        if targets not in self._gains:
+            found = []
+            for slot in self.dora_slots:
+                here = [w.gain if (w := self.adapters[slot].get(t)) is not None else None for t in targets]
+                if any(gain is not None for gain in here):
+                    device = next(gain.device for gain in here if gain is not None)
+                    parts = [torch.zeros(width, device=device) if gain is None else gain.float()
+                             for gain, width in zip(here, widths, strict=True)]  # fmt: skip
+                    found.append((slot, torch.cat(parts)))
+            self._gains[targets] = found
+        return self._gains[targets]
 
     def sites(self, sites: Sites, dtype: torch.dtype) -> AdapterSites:
         """The adapters at all of a decoder's packed weights, for its kernel on a CPU."""

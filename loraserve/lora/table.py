@@ -41,7 +41,8 @@ class AdapterTable:
         self._sites: dict[tuple[str, ...], Deltas] = {}
 
     def fits(self, adapters: Collection[Adapter]) -> bool:
-        return len(adapters) <= len(self._cells)
+        """Whether it can hold these together; those of DoRA have gains, which recorded steps do not compute."""
+        return len(adapters) <= len(self._cells) and not any(adapter.is_dora for adapter in adapters)
 
     def hold(self, active: Collection[Adapter]) -> bool:
         """Write the active adapters into the table.

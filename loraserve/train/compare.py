@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from loraserve.base.load import Base
-from loraserve.lora.adapter import LoraWeight
+from loraserve.lora.adapter import Adapter, LoraWeight
+from loraserve.lora.dora import prepared
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.data import Encoder
 from loraserve.train.dialogue import read_dialogue
@@ -53,7 +54,5 @@ def measure(base: Base, sides: Sides, data: Path | None) -> tuple[dict[str, list
 def _on_device(weights: Mapping[str, LoraWeight] | None, base: Base) -> dict[str, LoraWeight] | None:
     if weights is None:
         return None
-    return {
-        target: LoraWeight(weight.A.to(base.device), weight.B.to(base.device), weight.scaling)
-        for target, weight in weights.items()
-    }
+    ready = prepared(Adapter(weights), base.weight_of).weights
+    return {target: weight.to(base.device) for target, weight in ready.items()}

@@ -129,6 +129,8 @@ def _continued(source: str, base: Base, registry: Registry) -> Start:
         made_for = manifest.base_name or manifest.base_fingerprint
         raise AdapterRefused(name, [f"trained on another base ({made_for}); go on with it on that --base"])
     adapter, config = read_adapter(path, name, base.shapes, manifest.sha256)
+    if config.use_dora:
+        raise AdapterRefused(name, ["it is a DoRA adapter, which can be served and merged but not trained on"])
     config = replace(config, base_model_name_or_path=base.name, revision=None, lora_dropout=0.0, ignored=())
     weights = {
         target: LoraWeight(

@@ -147,7 +147,6 @@ def test_unknown_target_is_named(folder, shapes):
 
 
 LEFT_OVER = {
-    f"{Q}.lora_magnitude_vector": "DoRA",
     "base_model.model.model.embed_tokens.lora_embedding_A": "an adapter on embeddings",
     "base_model.model.model.embed_tokens.weight": "retrained or resized embeddings",
     "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight": "an adapter on fused experts",
@@ -196,13 +195,31 @@ def test_rank_and_targets_must_be_those_of_the_config(folder, shapes):
     assert "model.layers.0.self_attn.q_proj has rank 4, adapter_config.json says 8" in second
 
 
+def test_magnitudes_and_use_dora_must_fit(folder, shapes):
+    vectors = {
+        f"base_model.model.{t}.lora_magnitude_vector": torch.ones(shapes[t][0]) for t in read_adapter(folder)[0].weights
+    }
+    last = list(vectors)[-1]
+    change(folder, **vectors)
+    assert "does not say use_dora" in refusal(folder, shapes)[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert read_adapter(folder, "x", shapes)[0].is_dora
+    change(folder, **{last: None})
+    assert "use_dora needs a lora_magnitude_vector, which is missing for" in refusal(folder, shapes)[0]
+    change(folder, **{last: torch.ones(5)})
+    assert "lora_magnitude_vector (5,) and lora_B" in refusal(folder, shapes)[0]
+    change(folder, **{last: torch.full_like(vectors[last], float("inf"))})
+    assert "lora_magnitude_vector contains NaN or Inf" in refusal(folder, shapes)[0]
+
+
 def test_problems_of_config_header_and_values_come_together(folder, shapes):
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "all", "use_dora": True}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "all", "lora_bias": True}))
     bad = {f"{Q}.lora_A.weight": torch.full((4, 32), float("nan")), f"{V}.lora_B.weight": torch.ones(17, 4)}
     change(folder, **bad, unknown=torch.ones(1))
     text = "; ".join(refusal(folder, shapes))
-    for part in ("bias='all'", "use_dora", "NaN", "(17, 32)", "unknown"):
+    for part in ("bias='all'", "lora_bias", "NaN", "(17, 32)", "unknown"):
         assert part in text
 
 

@@ -95,7 +95,6 @@ def test_config_of_ours_is_read_by_peft_without_a_warning(tmp_path):
 UNSUPPORTED = {
     "modules_to_save": ["lm_head"],
     "target_parameters": ["experts.gate_up_proj"],
-    "use_dora": True,
     "bias": "all",
     "lora_bias": True,
     "init_lora_weights": "pissa_niter_16",
