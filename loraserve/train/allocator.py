@@ -1,8 +1,8 @@
 """How the C library's allocator treats memory that training has freed.
 
 By default it keeps what was freed for the next request, and between tensors that live for a whole step and those that
-live for a moment it ends up with far more than it hands out, with checkpointing several times as much. What is mapped on
-its own is given back at once, at the price of mapping it again, which takes time (docs/performance.md).
+live for a moment it ends up with far more than it hands out, with checkpointing several times as much. What is mapped
+on its own is given back at once, at the price of mapping it again, which takes time (docs/performance.md).
 """
 
 import ctypes
