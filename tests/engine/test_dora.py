@@ -1,6 +1,7 @@
 """DoRA adapters that PEFT saved: its logits, alone, mixed and blended, and merged; every case with dense arithmetic."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -10,19 +11,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
-from loraserve.base.load import Base, load_base
-from loraserve.engine.merge import merge
+from loraserve.base.load import Base, build_model, load_base
+from loraserve.engine.adapter_tiers import AdapterTiers
+from loraserve.engine.merge import merge, merge_checkpoint, read_pristine
 from loraserve.engine.params import SamplingParams
 from loraserve.engine.service import Service
 from loraserve.errors import AdapterRefused
 from loraserve.kernels import gemm
 from loraserve.lora.adapter import Adapter
+from loraserve.lora.batch import LoraBatch
 from loraserve.lora.config import LoraConfig
 from loraserve.lora.dora import prepared
 from loraserve.lora.packed import Packed
 from loraserve.lora.peft import read_adapter, write_adapter
 from loraserve.lora.spec import parse_spec
+from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
+from loraserve.train.compare import measure
+from loraserve.train.general import perplexity
+from loraserve.train.initial import start
+from loraserve.train.options import TrainOptions
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{start}")
@@ -212,3 +220,51 @@ def test_deterministic_rows_keep_their_bits_beside_others(
         assert ask(SPECS) == alone
     finally:
         service.stop()
+
+
+def test_training_does_not_go_on_with_it_as_if_it_were_lora(
+    base: Base, dora_registry: Registry, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.touch()
+    with pytest.raises(AdapterRefused, match="can be served and merged but not trained on"):
+        start(TrainOptions(data=data, name="more", init_from="d"), base, dora_registry)
+
+
+def test_two_of_them_are_compared_as_they_are_served(base: Base, dora_registry: Registry) -> None:
+    adapters = [dora_registry.load(name) for name in ("d", "e")]
+    figures, _ = measure(base, (adapters[0].weights, adapters[1].weights), None)
+    stacks = [AdapterStack([prepared(adapter, base.weight_of).weights]) for adapter in adapters]
+    assert figures["perplexity on general text"] == pytest.approx([perplexity(base, stack) for stack in stacks])
+    assert len({*figures["perplexity on general text"], perplexity(base, None)}) == 3
+
+
+def test_a_copy_in_the_host_s_memory_brings_its_gains(base: Base, dora_registry: Registry) -> None:
+    cpu, signature = torch.device("cpu"), dora_registry.get("d").signature
+    tiers = AdapterTiers(dora_registry, cpu, torch.float32, 1 << 30, has_host=True, weight_of=base.weight_of)
+    got = tiers.fetch("d", signature)
+    want = prepared(dora_registry.load("d"), base.weight_of)
+    assert got.weights.keys() == want.weights.keys()
+    for target, weight in want.weights.items():
+        assert weight.gain.abs().max() > 0.05
+        assert torch.equal(got.weights[target].gain, weight.gain) and torch.equal(got.weights[target].B, weight.B)
+
+
+def test_experts_have_gains_of_their_own(moe: Base, random_adapter) -> None:
+    plain = random_adapter(moe.shapes, "all-linear", 3, 1)
+    generator = torch.Generator().manual_seed(2)
+    ids, attention = torch.tensor(IDS), PackedAttention([len(IDS)])
+    weights = {}
+    for target, w in plain.weights.items():
+        norm = moe.weight_of(target).norm(dim=1)
+        weights[target] = replace(w, magnitude=norm * (torch.rand(len(norm), generator=generator) + 0.5))
+    ready = prepared(Adapter(weights), moe.weight_of)
+    lora = LoraBatch.uniform(ready.weights, len(IDS))
+    checkpoint = merge_checkpoint(read_pristine(moe), [(Adapter(weights), 1.0)], torch.float32)
+    merged = build_model(checkpoint, moe.device, moe.dtype)
+    with torch.no_grad():
+        got = moe.model(ids, attention.positions, attention, lora)
+        want = merged(ids, attention.positions, attention, None)
+        without = moe.model(ids, attention.positions, attention, LoraBatch.uniform(plain.weights, len(IDS)))
+    assert (want - without).abs().max() > 0.05
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
