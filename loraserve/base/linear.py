@@ -60,7 +60,7 @@ class Linear(nn.Module):
     def pack_for_training(self) -> None:
         """Let the C kernels multiply where they are the fastest there is. The weight must not change afterwards."""
         weight = self.weight.detach()
-        ready = weight.device.type == "cpu" and gemm.fast(weight.dtype)
+        ready = weight.device.type == "cpu" and gemm.fast()
         if self._both_ways is None and ready and all(gemm.available(weight.dtype, width) for width in weight.shape):
             self._both_ways = gemm.BothWays(weight)
 
@@ -130,7 +130,7 @@ class Joint(nn.Module):
                 param="deterministic",
             )
         self.num_bytes = weight.nbytes
-        if kernels and (int8 or repeatable or gemm.fast(weight.dtype)):
+        if kernels and (int8 or repeatable or gemm.fast()):
             packed = self.packed = gemm.PackedWeight(weight, int8 and not self._exact)
             self._multiply, self._weight, self.num_bytes = packed.multiply, packed.weight, packed.num_bytes
         elif on_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():

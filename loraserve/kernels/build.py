@@ -20,7 +20,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "decoder.c", "types.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "decoder.c")]
+HEADERS = [Path(__file__).with_name(name) for name in ("tiles.h", "types.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = (
     ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native", "-mprefer-vector-width=512"]
@@ -85,7 +86,7 @@ def _load(compiler: str) -> Library:
 def _compiled(compiler: str) -> Path:
     """Path of the shared library, compiled if this source, compiler and processor have not met before."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    made_from = [*(source.read_text("utf-8") for source in SOURCES), version, *FLAGS, *NATIVE, _processor()]
+    made_from = [*(source.read_text("utf-8") for source in SOURCES + HEADERS), version, *FLAGS, *NATIVE, _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     if path.is_symlink() or (path.exists() and path.stat().st_uid != os.getuid()):
@@ -94,7 +95,7 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / name
             subprocess.run(
-                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES[:-1]), "-lm"],
+                [compiler, *FLAGS, *NATIVE, "-o", str(made), *map(str, SOURCES), "-lm"],
                 capture_output=True, text=True, timeout=120, check=True,
             )  # fmt: skip
             os.replace(made, path)

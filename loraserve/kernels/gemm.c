@@ -10,10 +10,11 @@
 
 #ifndef T
 
+#include "tiles.h"
 #include "types.h"
 
 #define VECTORS 4 /* vectors of outputs are a task's */
-#define ROWS 6    /* of x at once, at most */
+#define CHUNK 256 /* rows of x stay close at hand while all outputs are computed */
 #define VECTOR_BYTES (4 * WIDTH)
 
 typedef int32_t vector_i32 __attribute__((vector_size(VECTOR_BYTES)));
@@ -91,8 +92,8 @@ INLINE vector_i32 dot_int8(vector_i32 sum, vector_u32 x, vector_u32 w) { return 
 #define AT_ONCE 2
 #define ROWS_int8 4
 #endif
-#define ROWS_f32 ROWS
-#define ROWS_bf16 ROWS
+#define ROWS_f32 6
+#define ROWS_bf16 6
 #define TILES(kind, SUM)                                                                                               \
     TILE(kind, SUM, 6, some, AT_ONCE)                                                                                  \
     TILE(kind, SUM, 4, some, AT_ONCE)                                                                                  \
@@ -100,9 +101,10 @@ INLINE vector_i32 dot_int8(vector_i32 sum, vector_u32 x, vector_u32 w) { return 
     TILE(kind, SUM, 1, all, VECTORS)                                                                                   \
     TILE(kind, SUM, 6, one, 1)                                                                                         \
     TILE(kind, SUM, 1, one, 1)                                                                                         \
-    /* As many rows of at most `left` as a tile takes; returns how many. */                                            \
+    /* As many rows of at most `left` as a tile takes; returns how many. `configured` is the processor's tiles'. */    \
     static int64_t tile_##kind(const uint32_t *x, const char *w, int64_t steps, int64_t left, int64_t vectors,         \
-                               SUM out[]) {                                                                            \
+                               SUM out[], int64_t *configured) {                                                       \
+        TRY_TILES_##kind(x, w, steps, left, vectors, out, configured);                                                 \
         int64_t rows = left >= 6 && (vectors == 1 || ROWS_##kind == 6) ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;        \
         if (vectors == 1) return rows == 6 ? (tile_##kind##_6_one(x, w, steps, out), 6)                                \
                                            : (tile_##kind##_1_one(x, w, steps, out), 1);                               \
@@ -158,16 +160,23 @@ int64_t vector_width(void) { return WIDTH; }
 void FN(multiply)(const T *x, const char *w, T *y, int64_t m, int64_t k, int64_t n, float *scratch) {
     const uint32_t *words = FN(prepare)(x, m * k, scratch);
     int64_t steps = k / STEP;
-#pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < tasks_of(n); task++) {
-        vector sums[ROWS * VECTORS];
-        int64_t vectors, at = block_of(task, n, &vectors), rows;
-        for (int64_t row = 0; row < m; row += rows) {
-            rows = FN(tile)(words + row * steps * FN(PARTS), w + at * steps * VECTOR_BYTES, steps, m - row, vectors, sums);
-            for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < vectors; j++)
-                    FN(store)(y + (row + i) * n + (at + j) * WIDTH, sums[i * VECTORS + j], n - (at + j) * WIDTH);
+#pragma omp parallel
+    {
+        int64_t configured = 0, tasks = tasks_of(n);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks * ((m + CHUNK - 1) / CHUNK); task++) {
+            vector sums[ROWS * VECTORS];
+            int64_t row = task / tasks * CHUNK, end = row + CHUNK < m ? row + CHUNK : m;
+            int64_t vectors, at = block_of(task % tasks, n, &vectors), rows;
+            for (; row < end; row += rows) {
+                rows = FN(tile)(words + row * steps * FN(PARTS), w + at * steps * VECTOR_BYTES, steps, end - row, vectors, sums,
+                                &configured);
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < vectors; j++)
+                        FN(store)(y + (row + i) * n + (at + j) * WIDTH, sums[i * VECTORS + j], n - (at + j) * WIDTH);
+            }
         }
+        release_tiles(configured);
     }
 }
 
@@ -202,12 +211,15 @@ void FN(multiply_int8)(const T *x, const char *w, const float *w_scale, const in
                     for (int part = 0; part < PARTS_int8; part++) words[p * PARTS_int8 + part] = word_int8(four, part);
                 }
         }
+        int64_t configured = 0, tasks = tasks_of(n);
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks_of(n); task++) {
+        for (int64_t task = 0; task < tasks * ((m + CHUNK - 1) / CHUNK); task++) {
             vector_i32 sums[ROWS * VECTORS];
-            int64_t vectors, at = block_of(task, n, &vectors), rows;
-            for (int64_t row = 0; row < m; row += rows) {
-                rows = tile_int8(words + row * k / 4 * PARTS_int8, w + at * k / 4 * VECTOR_BYTES, k / 4, m - row, vectors, sums);
+            int64_t row = task / tasks * CHUNK, end = row + CHUNK < m ? row + CHUNK : m;
+            int64_t vectors, at = block_of(task % tasks, n, &vectors), rows;
+            for (; row < end; row += rows) {
+                rows = tile_int8(words + row * k / 4 * PARTS_int8, w + at * k / 4 * VECTOR_BYTES, k / 4, end - row, vectors, sums,
+                                 &configured);
                 for (int64_t i = 0; i < rows; i++)
                     for (int64_t j = 0; j < vectors; j++) {
                         vector scale, result;
@@ -220,6 +232,7 @@ void FN(multiply_int8)(const T *x, const char *w, const float *w_scale, const in
                     }
             }
         }
+        release_tiles(configured);
     }
 }
 

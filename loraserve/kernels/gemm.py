@@ -26,16 +26,9 @@ def available(dtype: torch.dtype, in_features: int) -> bool:
     return dtype in cpu.DTYPES and in_features % INPUTS == 0 and library() is not None
 
 
-def fast(dtype: torch.dtype) -> bool:
-    """Whether the kernels are the fastest there is for weights of `dtype`, as measured.
-
-    So they are with AVX2 alone, and in bfloat16 where AVX-512 multiplies it. Not where the processor multiplies tiles
-    (AMX), which oneDNN uses; nor in float32 with AVX-512, where torch's are as fast.
-    """
-    has = torch.cpu.get_capabilities()
-    if not has.get("avx2") or has.get("amx_bf16"):
-        return False
-    return not has.get("avx512_f") or (dtype == torch.bfloat16 and bool(has.get("avx512_bf16")))
+def fast() -> bool:
+    """Whether the kernels are the fastest there is, as measured: with AVX2, with AVX-512 and with tiles (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("avx2"))
 
 
 class PackedWeight:

@@ -68,10 +68,14 @@ static inline vector_u16 narrowed(vector_u32 x) {
 #endif
 }
 
-static inline vector_u16 to_bf16s(vector x) { /* what to_bf16 does, of a whole vector */
+static inline vector_u16 to_bf16s(vector x) { /* what to_bf16 does, of a whole vector; numbers below 2^-126 may be 0 */
+#ifdef __AVX512BF16__
+    return (vector_u16)_mm512_cvtneps_pbh((__m512)x);
+#else
     vector_u32 u = (vector_u32)x, nan = (vector_u32)(x != x);
     u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return narrowed((u & ~nan) | (nan & 0x7fc0));
+#endif
 }
 
 static inline vector load_f32(const float *x) {
