@@ -12,6 +12,9 @@ from torch import Tensor
 
 from loraserve.base.recompute import recompute
 
+LONG = 192
+"""Rows of a sequence whose gradients processors with tiles compute faster in bfloat16 than in float32."""
+
 
 class PackedAttention:
     """Causal attention within each of several sequences laid end to end.
@@ -31,13 +34,13 @@ class PackedAttention:
         self._cells = (starts.repeat_interleave(sizes) + self.positions.cpu()).to(device)  # (N,) row -> grid cell
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._dense and not _in_float32(q):
+        if self._dense and not self._in_float32(q):
             return self._attend(q, k, v)
         return recompute(self._attend, q, k, v)  # keeps no padded or float32 copies
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dtype = q.dtype
-        if _in_float32(q):
+        if self._in_float32(q):
             q, k, v = q.float(), k.float(), v.float()
         gqa = q.shape[1] != k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
@@ -47,6 +50,9 @@ class PackedAttention:
         out = out.to(dtype).transpose(1, 2).flatten(0, 1)  # (B*T, H, D)
         return out if self._dense else out[self._cells]
 
+    def _in_float32(self, x: Tensor) -> bool:
+        return attends_in_float32(x, long=self.max_position >= LONG)
+
     def _spread(self, x: Tensor) -> Tensor:
         """(N, H, D) -> (B, H, T, D)."""
         b, t = self.grid
@@ -55,6 +61,9 @@ class PackedAttention:
         return x.view(b, t, *x.shape[1:]).transpose(1, 2)
 
 
-def _in_float32(x: Tensor) -> bool:
-    """On a CPU float32 attention is three times as fast as in fewer bits at these lengths."""
-    return x.device.type == "cpu" and x.dtype != torch.float32
+def attends_in_float32(x: Tensor, long: bool = True) -> bool:
+    """Whether x, of any dtype, is attended to faster in float32, as measured: on a CPU without tiles (AMX), and with
+    them where there are gradients of sequences that are not long."""
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return False
+    return not (long and x.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"))

@@ -1,6 +1,7 @@
 """`loraserve serve`: the HTTP server with the chat page."""
 
 import contextlib
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -149,6 +150,7 @@ def command(
             click.echo(f"warning: no keys are asked for, so whoever can reach this address can {what}", err=True)
         if open_page and _has_desktop():
             click.launch(server.url)
+        gc.freeze()  # what is there now stays: collections need not look through it, which takes milliseconds
         server.run_until_signal()
 
 

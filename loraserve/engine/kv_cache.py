@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraserve.base.attention import attends_in_float32
 from loraserve.base.config import ModelConfig
 from loraserve.engine.scheduler import Chunk
 from loraserve.kernels import cpu, dispatch
@@ -118,7 +119,7 @@ class CachedAttention:
         for rows, slot, end, mask in self._prompts:
             query = q[rows].transpose(0, 1).unsqueeze(0)  # (1, H, T, D)
             past = keys[slot, :, :end].unsqueeze(0), values[slot, :, :end].unsqueeze(0)  # (1, KV, end, D)
-            if q.device.type == "cpu":  # there float32 attention is faster than bf16
+            if attends_in_float32(q):
                 query, past = query.float(), (past[0].float(), past[1].float())
             attended = F.scaled_dot_product_attention(
                 query, *past, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]

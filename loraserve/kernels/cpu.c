@@ -8,6 +8,35 @@
 
 #include "types.h"
 
+/* Queries of one key head that read its past together: as many as registers hold. */
+#if WIDTH == 16
+#define QUERIES 2
+#else
+#define QUERIES 1
+#endif
+
+#define AHEAD 16 /* tokens */
+
+/* A dot product in pieces: `meet` adds to the sums what a piece of one makes with a piece of the other. */
+#define PIECES_f32(lanes) (lanes)
+INLINE vector piece_f32(const float *x, int64_t j, int64_t lanes) { return load_f32(x + j * WIDTH); }
+INLINE vector meet_f32(vector sum, vector x, vector y) { return add_product(sum, x, y); }
+#ifdef __AVX512BF16__ /* pairs of numbers */
+#define PIECES_bf16(lanes) (((lanes) + 1) / 2)
+INLINE vector piece_bf16(const uint16_t *x, int64_t j, int64_t lanes) {
+    x += j * 2 * WIDTH;
+    if (2 * j + 1 < lanes) return (vector)_mm512_loadu_si512(x);
+    return (vector)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)x));
+}
+INLINE vector meet_bf16(vector sum, vector x, vector y) {
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#else
+#define PIECES_bf16(lanes) (lanes)
+INLINE vector piece_bf16(const uint16_t *x, int64_t j, int64_t lanes) { return load_bf16(x + j * WIDTH); }
+INLINE vector meet_bf16(vector sum, vector x, vector y) { return add_product(sum, x, y); }
+#endif
+
 #define T float
 #define SUFFIX f32
 #include "cpu.c"
@@ -76,38 +105,51 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
     }
 }
 
-/* The `group` queries (group, d) of one key head over its past (length, d), d of `lanes` vectors; out (group, d). */
-static inline __attribute__((always_inline)) void FN(attend)(const T *q, const T *past_k, const T *past_v,
-                                                             int64_t length, int64_t group, const int64_t lanes,
-                                                             float scale, T *out, float *scores) {
-    int64_t d = lanes * WIDTH;
-    for (int64_t g = 0; g < group; g++) {
-        vector query[MAX_HEAD_DIM / WIDTH], sum[MAX_HEAD_DIM / WIDTH];
-        for (int64_t j = 0; j < lanes; j++) query[j] = FN(load)(q + g * d + j * WIDTH) * scale;
-        for (int64_t t = 0; t < length; t++) {
-            vector dot = query[0] * FN(load)(past_k + t * d);
-            for (int64_t j = 1; j < lanes; j++) dot += query[j] * FN(load)(past_k + t * d + j * WIDTH);
-            scores[t] = sum_of(dot);
+/* `queries` of one key head (queries, d) over its past (length, d), d of `lanes` vectors; out (queries, d). */
+INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t length, const int64_t queries,
+                       const int64_t lanes, float scale, T *out, float *scores, int64_t longest) {
+    const int64_t d = lanes * WIDTH, pieces = FN(PIECES)(lanes);
+    vector query[QUERIES][MAX_HEAD_DIM / WIDTH], sum[QUERIES][MAX_HEAD_DIM / WIDTH];
+    for (int64_t g = 0; g < queries; g++)
+        for (int64_t j = 0; j < pieces; j++) query[g][j] = FN(piece)(q + g * d, j, lanes);
+    for (int64_t t = 0; t < length; t++) {
+        vector dot[QUERIES] = {{0}};
+        for (int64_t j = 0; j < d * (int64_t)sizeof(T); j += 64) { /* what the next steps read comes from afar */
+            __builtin_prefetch((const char *)(past_k + (t + AHEAD) * d) + j);
+            __builtin_prefetch((const char *)(past_v + t * d) + j);
         }
-        float most = scores[0], total = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t t = 0; t < length; t++) most = scores[t] > most ? scores[t] : most;
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < length; t++) {
-            float bad = scores[t] - scores[t]; /* NaN for NaN and Inf, which exp_of would hide */
-            scores[t] = exp_of(scores[t] - most) + bad;
-            total += scores[t];
+        for (int64_t j = 0; j < pieces; j++) {
+            vector key = FN(piece)(past_k + t * d, j, lanes);
+            for (int64_t g = 0; g < queries; g++) dot[g] = FN(meet)(dot[g], query[g][j], key);
         }
-        for (int64_t j = 0; j < lanes; j++) sum[j] = (vector){0};
-        for (int64_t t = 0; t < length; t++)
-            for (int64_t j = 0; j < lanes; j++) sum[j] += scores[t] * FN(load)(past_v + t * d + j * WIDTH);
-        for (int64_t j = 0; j < lanes; j++)
-            for (int64_t l = 0; l < WIDTH; l++) out[g * d + j * WIDTH + l] = STORE(sum[j][l] / total);
+        for (int64_t g = 0; g < queries; g++) scores[g * longest + t] = sum_of(dot[g]) * scale;
     }
+    float total[QUERIES] = {0};
+    for (int64_t g = 0; g < queries; g++) {
+        float *score = scores + g * longest, most = score[0], all = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t t = 0; t < length; t++) most = score[t] > most ? score[t] : most;
+#pragma omp simd reduction(+ : all)
+        for (int64_t t = 0; t < length; t++) {
+            float bad = score[t] - score[t]; /* NaN for NaN and Inf, which exp_of would hide */
+            score[t] = exp_of(score[t] - most) + bad;
+            all += score[t];
+        }
+        total[g] = all;
+        for (int64_t j = 0; j < lanes; j++) sum[g][j] = (vector){0};
+    }
+    for (int64_t t = 0; t < length; t++)
+        for (int64_t j = 0; j < lanes; j++) {
+            vector value = FN(load)(past_v + t * d + j * WIDTH);
+            for (int64_t g = 0; g < queries; g++)
+                sum[g][j] = add_product(sum[g][j], scores[g * longest + t] - (vector){0}, value);
+        }
+    for (int64_t g = 0; g < queries; g++)
+        for (int64_t j = 0; j < lanes; j++) FN(store)(out + g * d + j * WIDTH, sum[g][j] / total[g], WIDTH);
 }
 
 /* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
-   Cache (slots, kv, max_len, d); q, k, v are heads of rows of their strides; out (n, h, d); scratch (decoding, kv, longest). */
+   Cache (slots, kv, max_len, d); q, k, v are heads of rows of their strides; out (n, h, d); scratch (decoding, h, longest). */
 void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, int64_t k_stride,
                           int64_t v_stride, T *keys, T *values, int64_t max_len,
                           const int64_t *slots, const int64_t *positions, int64_t n, int64_t decoding, int64_t h,
@@ -121,19 +163,28 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, 
             memcpy(values + at, v + i * v_stride + head * d, d * sizeof(T));
         }
 #define ATTEND(lanes)                                                                                                  \
-    FN(attend)(q + i * q_stride + head * group * d, past_k, past_v, length, group, lanes, scale,                         \
-               out + (i * h + head * group) * d, scratch + task * longest)
+    for (int64_t g = head * group, end = g + group; g < end;) {                                                        \
+        const T *query = q + i * q_stride + g * d;                                                                     \
+        T *to = out + (i * h + g) * d;                                                                                 \
+        if (QUERIES > 1 && end - g > 1) {                                                                              \
+            FN(attend)(query, past_k, past_v, length, QUERIES, lanes, scale, to, scratch + (i * h + g) * longest, longest);\
+            g += QUERIES;                                                                                              \
+        } else {                                                                                                       \
+            FN(attend)(query, past_k, past_v, length, 1, lanes, scale, to, scratch + (i * h + g) * longest, longest);  \
+            g++;                                                                                                       \
+        }                                                                                                              \
+    }
 #pragma omp parallel for schedule(dynamic) if (decoding * kv > 1)
     for (int64_t task = 0; task < decoding * kv; task++) {
         int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
         const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
         const T *past_v = values + (slots[i] * kv + head) * max_len * d;
         switch (d) { /* of a constant width all vectors stay in registers */
-        case 64: ATTEND(64 / WIDTH); break;
-        case 80: ATTEND(80 / WIDTH); break;
-        case 96: ATTEND(96 / WIDTH); break;
-        case 128: ATTEND(128 / WIDTH); break;
-        default: ATTEND(d / WIDTH);
+        case 64: ATTEND(64 / WIDTH) break;
+        case 80: ATTEND(80 / WIDTH) break;
+        case 96: ATTEND(96 / WIDTH) break;
+        case 128: ATTEND(128 / WIDTH) break;
+        default: ATTEND(d / WIDTH)
         }
     }
 #undef ATTEND

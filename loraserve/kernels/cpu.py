@@ -69,7 +69,7 @@ def store_and_attend(
     n, h, d = q.shape
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype == out.dtype
     assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
-    scratch = torch.empty(decoding, k.shape[1], longest)
+    scratch = torch.empty(decoding, h, longest)
     call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
           slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest,
          quick=n <= QUICK_ROWS)  # fmt: skip

@@ -84,11 +84,11 @@ class DecoderKernel:
             positions: (N,) int64, all below `longest`.
             sites, entries: the adapters, or None for none.
         """
-        n, kv = embedded.shape[0], self._heads[1]
+        n, heads = embedded.shape[0], self._heads[0]
         x = embedded.float() if embedded.dtype != torch.float32 else embedded.clone()
         y = torch.empty_like(embedded)
         inner = torch.empty(2, n, self._widest, dtype=embedded.dtype)
-        needed = [n + n * self._deepest + n * self._deepest // 4, n * kv * longest]
+        needed = [n + n * self._deepest + n * self._deepest // 4, n * heads * longest]
         given = [0, 0, 0, 0, 0]
         if sites is not None and entries is not None:
             needed.append(sites.scratch(len(entries[0])))

@@ -112,11 +112,15 @@ INLINE vector add_product(vector sum, vector x, vector w) {
 }
 
 static inline float sum_of(vector x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float sum[WIDTH];
     memcpy(sum, &x, sizeof x);
     for (int step = WIDTH / 2; step; step /= 2)
         for (int j = 0; j < step; j++) sum[j] += sum[j + step];
     return sum[0];
+#endif
 }
 
 /* What depends on the type T of activations, whose SUFFIX is f32 or bf16. */
