@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
 from loraserve.errors import AdapterNotFound, AdapterRefused, InvalidRequest, NotBetter, TrainingInterrupted
+from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
+from loraserve.lora.dora import prepared
 from loraserve.registry import Registry
 from loraserve.train.data import Encoder
 from loraserve.train.initial import start
@@ -70,6 +72,29 @@ CASES = {
         1.0,
     ),
     "LoRA+": ({"lora_plus_ratio": 4.0}, {"r": 8, "lora_alpha": 16}, 4.0),
+    "DoRA": ({"use_dora": True}, {"r": 8, "lora_alpha": 16, "use_dora": True}, 1.0),
+    "DoRA, patterns, rslora and LoRA+": (
+        {
+            "targets": ["q_proj", "o_proj", "up_proj", "down_proj"],
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "use_rslora": True,
+            "lora_plus_ratio": 3.0,
+            "use_dora": True,
+        },
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "use_rslora": True,
+            "use_dora": True,
+            "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        },
+        3.0,
+    ),
 }
 
 
@@ -125,7 +150,8 @@ def losses_of(record):
 
 def logits_of(base, weights, ids):
     attention = PackedAttention([len(ids)])
-    return base.model(ids, attention.positions, attention, LoraBatch.uniform(weights, len(ids)) if weights else None)
+    lora = LoraBatch.uniform(prepared(Adapter(weights), base.weight_of).weights, len(ids)) if weights else None
+    return base.model(ids, attention.positions, attention, lora)
 
 
 def assert_same_run(base, registry, options, model, samples, ratio, base_dir):
@@ -161,9 +187,11 @@ def test_a_run_is_the_one_that_peft_would_have_made(base, base_dir, registry, op
             module = model.get_submodule(f"base_model.model.{target}")
             module.lora_A["default"].weight.copy_(weight.A)
             assert module.scaling["default"] == pytest.approx(weight.scaling)
+            if weight.magnitude is not None:
+                torch.testing.assert_close(module.lora_magnitude_vector["default"].weight, weight.magnitude)
     record = assert_same_run(base, registry, options, model, samples_of(base, options), ratio, base_dir)
     saved = json.loads((record.path / "adapter_config.json").read_text())
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         assert saved[field] == getattr(model.peft_config["default"], field)
     assert record.manifest.recipe["use_rslora"] == options.use_rslora
     card = (record.path / "README.md").read_text("utf-8")
