@@ -199,8 +199,9 @@ def test_a_run_is_the_one_that_peft_would_have_made(base, base_dir, registry, op
     assert ("| rank_pattern |" in card) == bool(options.rank_pattern)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 def test_going_on_with_an_adapter_of_peft_s_is_going_on_with_it_in_peft(
-    base, base_dir, registry, options, theirs, tmp_path
+    base, base_dir, registry, options, theirs, tmp_path, use_dora
 ):
     """From a directory, with a B that is not zero, ranks of its own and rsLoRA; the second time from the registry."""
     torch.manual_seed(3)
@@ -210,10 +211,15 @@ def test_going_on_with_an_adapter_of_peft_s_is_going_on_with_it_in_peft(
         target_modules=["q_proj", "down_proj"],
         rank_pattern={"down_proj": 2},
         use_rslora=True,
+        use_dora=use_dora,
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for name, magnitude in model.named_parameters():
+            if "lora_magnitude" in name:
+                magnitude.mul_(torch.rand_like(magnitude) + 0.5)
     model.save_pretrained(tmp_path / "theirs")
     before = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in before.values())
