@@ -90,8 +90,9 @@ class _Gained(torch.autograd.Function):
         before = y.clone() if rows is None else y[rows]  # (n, out)
         ctx.save_for_backward(before, gain, rows)
         ctx.mark_dirty(y)
-        after = (before.float() * (1 + gain)).to(y.dtype)
-        return y.copy_(after) if rows is None else y.index_copy_(0, rows, after)
+        if rows is None:
+            return y.mul_(1 + gain)  # in float32, rounded once
+        return y.index_copy_(0, rows, (before * (1 + gain)).to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -67,7 +67,7 @@ class AdapterOptimizer:
         weights: {target: LoraWeight} whose tensors are float32 parameters on the model's device.
         weight_of: the base's weights; DoRA needs them.
         total_steps: micro-batches of the whole run, for the schedule.
-        lora_plus_ratio: the learning rate of B by that of A, which is the scheduled one.
+        lora_plus_ratio: the learning rate of B and magnitudes by that of A, which is the scheduled one.
         loss_reduction: `tokens` or `mean`.
         checkpointing: run each block again in the backward pass and keep only its input.
         max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
