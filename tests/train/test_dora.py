@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from loraserve.base.load import load_base
+from loraserve.errors import TrainingFailed
 from loraserve.lora.dora import gain_of
 from loraserve.lora.stack import AdapterStack
 from loraserve.train import dora as dora_module
@@ -192,6 +193,19 @@ def test_next_to_lora_each_steps_as_it_does_alone(which, max_rows, request):
             assert [r.loss for r in got] == pytest.approx([r.loss for r in wanted], rel=1e-4)
     for o, other, first in zip(together, alone, before, strict=True):
         assert (values(o.weights) - first).abs().max() > 5e-3
+        torch.testing.assert_close(values(o.weights), values(other.weights), atol=2e-4, rtol=0)
+
+
+def test_one_that_is_no_number_leaves_the_others_as_they_are_alone(base):
+    (together, windows), (alone, _) = mixed(base), mixed(base)
+    with torch.no_grad():
+        together[0].weights["model.layers.1.mlp.up_proj"].magnitude[5] = torch.inf
+    results = advance_together(together, windows)
+    assert isinstance(results[0], TrainingFailed)
+    for o, other, window in zip(together[1:], alone[1:], windows[1:], strict=True):
+        before = values(other.weights)
+        other.advance(window)
+        assert (values(o.weights) - before).abs().max() > 2e-3
         torch.testing.assert_close(values(o.weights), values(other.weights), atol=2e-4, rtol=0)
 
 
