@@ -36,6 +36,7 @@ OWN = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "init_from",
     "lora_plus_ratio",
     "epochs",

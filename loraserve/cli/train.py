@@ -97,6 +97,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str | None) -
     help="Another alpha, likewise.",
 )
 @click.option("--rslora", "use_rslora", is_flag=True, help="Scale is alpha/sqrt(rank); alpha is 16 by default.")
+@click.option("--dora", "use_dora", is_flag=True, help="Train a magnitude for every output, too (DoRA).")
 @click.option(
     "--init-from",
     metavar="ADAPTER",

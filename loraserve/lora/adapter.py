@@ -9,7 +9,7 @@ Source: LoRA, arXiv:2106.09685; rsLoRA's scaling alpha/sqrt(r), arXiv:2312.03732
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -42,9 +42,24 @@ class LoraWeight:
         return self.A.shape[0]
 
     @property
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All of its numbers, by field."""
+        fields = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "gain": self.gain}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All of its numbers."""
-        return [tensor for tensor in (self.A, self.B, self.magnitude, self.gain) if tensor is not None]
+        return list(self.named_tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LoraWeight":
+        """The same with `function` of each tensor in its place."""
+        made = {name: function(tensor) for name, tensor in self.named_tensors.items()}
+        return LoraWeight(made["A"], made["B"], self.scaling, made.get("magnitude"), made.get("gain"))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LoraWeight":
         """The same on `device`, in `dtype` or its own; B lies there by columns, as a delta reads it."""

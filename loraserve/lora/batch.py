@@ -26,7 +26,7 @@ from torch import Tensor
 
 from loraserve.kernels import dispatch
 from loraserve.kernels.dispatch import Kernels
-from loraserve.lora.dora import Gains
+from loraserve.lora.dora import Gains, TrainedGains
 from loraserve.lora.stack import AdapterStack, Group, Weights
 
 FEW_ROWS = 16
@@ -219,6 +219,8 @@ class LoraBatch:
     def _plan_gains(self) -> list[Work]:
         """The gains of DoRA, which must meet the base's outputs before a delta does."""
         slots = self.stack.dora_slots
+        if any(group.in_training for group in self.stack.groups):
+            return [TrainedGains.of(self.stack, self.row_weights, self._device)] if slots else []
         rows = (self.row_weights[:, slots] != 0).any(dim=1).nonzero().squeeze(1)  # (n,)
         if not len(rows):
             return []

@@ -123,7 +123,7 @@ class AdapterStack:
     def gains(self, targets: tuple[str, ...], widths: Sequence[int]) -> list[tuple[int, Tensor]]:
         """(slot, g - 1 (Σout,) float32 at layers of one input) of every DoRA adapter that touches them."""
         if targets not in self._gains:
-            found = []
+            found: list[tuple[int, Tensor]] = []
             for slot in self.dora_slots:
                 here = [w.gain if (w := self.adapters[slot].get(t)) is not None else None for t in targets]
                 if any(gain is not None for gain in here):
@@ -131,6 +131,8 @@ class AdapterStack:
                     parts = [torch.zeros(width, device=device) if gain is None else gain.float()
                              for gain, width in zip(here, widths, strict=True)]  # fmt: skip
                     found.append((slot, torch.cat(parts)))
+            if any(gain.requires_grad for _, gain in found):
+                return found
             self._gains[targets] = found
         return self._gains[targets]
 

@@ -20,7 +20,7 @@ class BestWeights:
     def __init__(self, weights: Mapping[str, LoraWeight]) -> None:
         self._parameters: dict[str, Tensor] = {}
         for target, weight in weights.items():
-            self._parameters |= {f"{target}.A": weight.A, f"{target}.B": weight.B}
+            self._parameters |= {f"{target}.{name}": tensor for name, tensor in weight.named_tensors.items()}
         self._kept: dict[str, Tensor] = {}
         self.base_loss: float | None = None
         self.initial_loss: float | None = None

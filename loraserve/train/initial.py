@@ -1,7 +1,7 @@
 """The adapter a run starts from: a new one, whose first answers are the base's, or one that was trained before.
 
 Of a new one B is zero, and A is drawn as PEFT draws it, uniform within ±1/sqrt(in_features), or as MiniMind does, from
-N(0, 0.02).
+N(0, 0.02). DoRA's magnitudes are the norms of the base's own outputs.
 """
 
 import math
@@ -15,13 +15,15 @@ from torch import nn
 
 from loraserve.base.load import Base
 from loraserve.errors import AdapterNotFound, AdapterRefused, InvalidRequest
-from loraserve.lora.adapter import LoraWeight, Shapes
+from loraserve.lora.adapter import LoraWeight, Shapes, list_some
 from loraserve.lora.config import ALL_LINEAR, LoraConfig, compact_targets, expand_targets, module_pattern
+from loraserve.lora.dora import WeightOf, prepared
 from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import read_adapter
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.registry.manifest import read_manifest, sha256_of
+from loraserve.train.dora import DoraNorms, row_squares
 from loraserve.train.options import TrainOptions, in_order
 
 MINIMIND_STD = 0.02
@@ -33,25 +35,27 @@ class Start:
 
     config: LoraConfig
     weights: dict[str, LoraWeight]
-    """A and B are float32 parameters on the base's device."""
+    """Float32 parameters on the base's device."""
     recipe: dict[str, Any]
     """What goes into the run's recipe in place of the options' own."""
     parent: str | None = None
     """The adapter it goes on with, as `Manifest.parents` has it."""
 
-    def reference(self) -> AdapterStack | None:
+    def reference(self, weight_of: WeightOf) -> AdapterStack | None:
         """What the run starts from, to stay as it is: a copy of the adapter it goes on with, None for the base."""
         if self.parent is None:
             return None
-        copies = {t: LoraWeight(w.A.detach().clone(), w.B.detach().clone(), w.scaling) for t, w in self.weights.items()}
-        return AdapterStack([copies])
+        copies = {target: w.map(lambda tensor: tensor.detach().clone()) for target, w in self.weights.items()}
+        norms = DoraNorms(copies, weight_of)
+        norms.measure()
+        return AdapterStack([norms.weights()])
 
 
 def start(options: TrainOptions, base: Base, registry: Registry) -> Start:
     """Make a new adapter, or take up the one that `options.init_from` names.
 
     Raises:
-        InvalidRequest: targets or patterns that match no layer, or are no regex.
+        InvalidRequest: targets or patterns that match no layer, or are no regex; DoRA on an output without weights.
         AdapterNotFound: init_from is neither in the registry nor a directory.
         AdapterRefused: it cannot be read, or was made for another base.
     """
@@ -67,10 +71,13 @@ def start(options: TrainOptions, base: Base, registry: Registry) -> Start:
         rank_pattern=options.rank_pattern,
         alpha_pattern=options.alpha_pattern,
         use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
         base_model_name_or_path=base.name,
     )
     normal = options.targets == "minimind"
     weights = initial_weights(targets, base.shapes, config, normal=normal, seed=options.seed, device=base.device)
+    if config.use_dora:
+        weights = _with_magnitudes(weights, base.weight_of)
     return Start(config, weights, {})
 
 
@@ -98,6 +105,18 @@ def initial_weights(
             nn.Parameter(A.to(device)), nn.Parameter(B.to(device)), scaling=config.scaling_of(target)
         )
     return weights
+
+
+def _with_magnitudes(weights: Mapping[str, LoraWeight], weight_of: WeightOf) -> dict[str, LoraWeight]:
+    """The same for DoRA, each output at the length it has on the base; B must be zero."""
+    norms = {target: row_squares(weight_of(target)).sqrt() for target in weights}
+    if empty := [target for target, norm in norms.items() if not norm.all()]:
+        raise InvalidRequest(
+            f"{list_some(empty)}: DoRA divides by the length of each output's weights, and some are all zero here; "
+            "leave such layers out of --targets, or train without --dora",
+            param="use_dora",
+        )
+    return {target: replace(weight, magnitude=nn.Parameter(norms[target])) for target, weight in weights.items()}
 
 
 def _check_pattern(name: str, pattern: Mapping[str, float], targets: Sequence[str]) -> None:
@@ -129,15 +148,10 @@ def _continued(source: str, base: Base, registry: Registry) -> Start:
         made_for = manifest.base_name or manifest.base_fingerprint
         raise AdapterRefused(name, [f"trained on another base ({made_for}); go on with it on that --base"])
     adapter, config = read_adapter(path, name, base.shapes, manifest.sha256)
-    if config.use_dora:
-        raise AdapterRefused(name, ["it is a DoRA adapter, which can be served and merged but not trained on"])
+    prepared(adapter, base.weight_of)  # raises where DoRA cannot be
     config = replace(config, base_model_name_or_path=base.name, revision=None, lora_dropout=0.0, ignored=())
     weights = {
-        target: LoraWeight(
-            nn.Parameter(weight.A.to(base.device, torch.float32, copy=True)),
-            nn.Parameter(weight.B.to(base.device, torch.float32, copy=True)),
-            weight.scaling,
-        )
+        target: weight.map(lambda tensor: nn.Parameter(tensor.to(base.device, torch.float32, copy=True)))
         for target, weight in adapter.weights.items()
     }
     parent = f"{name}@sha256:{sha256_of(path / WEIGHTS_FILE)}"
@@ -150,5 +164,6 @@ def _continued(source: str, base: Base, registry: Registry) -> Start:
         "rank_pattern": in_order(config.rank_pattern),
         "alpha_pattern": in_order(config.alpha_pattern),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
     }
     return Start(config, weights, recipe, parent)

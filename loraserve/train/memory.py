@@ -10,10 +10,10 @@ dense block keeps of each row
 
     s (4H + 2Q + 2K + 3I), with norms of queries and keys s (Q + K) more, and the adapters' 4r of each layer
 
-and with checkpointing only s·H, while one block at a time is there in full.
+and with checkpointing only s·H, while one block at a time is there in full. DoRA keeps a layer's outputs as they are
+before its gain, s·out, and for the adapter g ⊙ B and five numbers an output.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,6 @@ from loraserve.train.loss import CHUNK_ROWS
 
 MOMENTS_AND_GRADIENT = 12
 """Bytes of each of the adapter's parameters beside the parameter itself."""
-BLOCK_LAYERS = re.compile(r"model\.layers\.\d+\.")
 UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}
 
 
@@ -88,7 +87,7 @@ def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: tor
     inter, experts = config.intermediate_size, 1
     if config.num_experts:
         inter, experts = config.moe_intermediate_size, config.num_experts_per_tok + config.num_shared_experts
-    ranks: float = sum(w.r for target, w in weights.items() if BLOCK_LAYERS.match(target))
+    ranks: float = sum(w.r for target, w in weights.items() if _in_block(target))
     if config.num_experts:  # a row meets few of them
         ranks *= experts / (config.num_experts + config.num_shared_experts)
     block = s * (4 * hidden + 2 * queries + 2 * keys + 3 * inter * experts) + 4 * ranks / config.num_hidden_layers
@@ -96,17 +95,25 @@ def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: tor
         block += s * (queries + keys)
     if config.num_experts:
         block += s * 2 * hidden * experts  # each expert's own copy of its rows, and its outputs
+    dora = {target: w.B for target, w in weights.items() if w.magnitude is not None}
+    met = experts / (config.num_experts + config.num_shared_experts) if config.num_experts else 1.0
+    outputs = sum(len(B) * (met if "experts." in target else 1.0) for target, B in dora.items() if _in_block(target))
+    block += s * outputs / config.num_hidden_layers
     copies = 8 if s < 4 else 4  # the adapter computes in float32
-    parameters = sum(w.A.numel() + w.B.numel() for w in weights.values())
+    parameters = sum(w.num_parameters for w in weights.values())
     return Footprint(
-        adapter=MOMENTS_AND_GRADIENT * parameters,
+        adapter=MOMENTS_AND_GRADIENT * parameters + 4 * sum(B.numel() + 5 * len(B) for B in dora.values()),
         block=block,
         kept_input=s * hidden,
         num_blocks=config.num_hidden_layers,
         working=inter * (copies + 4 * s),
         head=3 * s * hidden,
-        logits=CHUNK_ROWS * config.vocab_size * (8 + s),
+        logits=CHUNK_ROWS * config.vocab_size * (8 + s) * (2 if "lm_head" in dora else 1),
     )
+
+
+def _in_block(target: str) -> bool:
+    return target.startswith("model.layers.")
 
 
 def plan_for(
@@ -120,7 +127,7 @@ def plan_for(
     """
     needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
     widest = max(needs, key=lambda each: each.row(False))
-    together = replace(widest, adapter=sum(each.adapter for each in needs))
+    together = replace(widest, adapter=sum(each.adapter for each in needs), logits=max(each.logits for each in needs))
     return plan(together, resident_bytes(base.model), batch, budget)
 
 

@@ -35,6 +35,8 @@ class TrainOptions:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     """Scale by alpha/sqrt(r) and not by alpha/r."""
+    use_dora: bool = False
+    """Train a magnitude for every output besides A and B."""
     init_from: str | None = None
     """An adapter to go on with, by name or directory; targets, ranks and alphas are then its own."""
     lora_plus_ratio: float = 1.0
@@ -127,6 +129,7 @@ class TrainOptions:
             "--rank-pattern": self.rank_pattern,
             "--alpha-pattern": self.alpha_pattern,
             "--rslora": self.use_rslora,
+            "--dora": self.use_dora,
         }
         if given := [option for option, value in settings.items() if value]:
             raise InvalidRequest(
@@ -184,6 +187,7 @@ class TrainOptions:
             "rank_pattern": in_order(self.rank_pattern),
             "alpha_pattern": in_order(self.alpha_pattern),
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
         }
         files = {"data": self.data.name, "val_data": self.val_data.name if self.val_data else None}
         objective = {"objective": self.objective, "dpo_beta": self.beta if self.objective == "dpo" else None}

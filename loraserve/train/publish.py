@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.errors import NotBetter
-from loraserve.lora.adapter import Adapter, LoraWeight
+from loraserve.lora.adapter import Adapter
 from loraserve.registry import Record
 from loraserve.train.card import CURVE, loss_curve, write_card
 from loraserve.train.checkpoint import METRICS
@@ -45,7 +45,7 @@ def publish(run: Run, more: dict[str, Any] | None = None) -> TrainResult:
         per_epoch=run.per_epoch,
         learning_rate=run.options.learning_rate,
     )
-    answers = compare(run.base, (None, run.weights), run.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
+    answers = compare(run.base, (None, run.optimizer.stack.adapters[0]), run.dataset.dialogues(), NUM_SAMPLE_ANSWERS)
     show_summary(run.stream, metrics, answers, warnings)
     if run.best.is_better is False and run.options.publish == "better":
         before = f"the base's loss is {metrics['val_loss_base']}"
@@ -61,10 +61,7 @@ def publish(run: Run, more: dict[str, Any] | None = None) -> TrainResult:
 
 
 def _publish(run: Run, metrics: dict[str, Any], answers: list[Comparison], warnings: list[str]) -> TrainResult:
-    trained = {
-        target: LoraWeight(weight.A.detach().cpu(), weight.B.detach().cpu(), weight.scaling)
-        for target, weight in run.weights.items()
-    }
+    trained = {target: weight.map(lambda tensor: tensor.detach().cpu()) for target, weight in run.weights.items()}
     rejections = run.facts.rejections
     card = write_card(run.options.name, run.base.name, run.recipe, metrics, rejections, answers, warnings)
     manifest = {
@@ -93,5 +90,5 @@ def _figures(run: Run) -> dict[str, Any]:
         "perplexity": round(perplexity(run.base, run.optimizer.stack), 3),
         "dialogues": len(run.dataset),
         "rejected_rows": run.facts.rejections.rows,
-        "num_parameters": sum(w.A.numel() + w.B.numel() for w in run.weights.values()),
+        "num_parameters": sum(w.num_parameters for w in run.weights.values()),
     }

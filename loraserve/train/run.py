@@ -66,7 +66,7 @@ class Run:
         self.start = start(options, base, registry)
         self.weights = self.start.weights
         dpo = options.objective == "dpo"
-        self.preference = Preference(options.beta, self.start.reference()) if dpo else None
+        self.preference = Preference(options.beta, self.start.reference(base.weight_of)) if dpo else None
         self.best = BestWeights(self.weights)
         self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
         hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
@@ -79,6 +79,7 @@ class Run:
         self.optimizer = AdapterOptimizer(
             self.base.model,
             self.weights,
+            weight_of=self.base.weight_of,
             total_steps=self.total,
             peak_learning_rate=options.learning_rate,
             lora_plus_ratio=options.lora_plus_ratio,
@@ -114,7 +115,7 @@ class Run:
         self._announce(state)
 
     def _announce(self, state: RunState | None) -> None:
-        parameters = sum(w.A.numel() + w.B.numel() for w in self.weights.values())
+        parameters = sum(w.num_parameters for w in self.weights.values())
         held_out = f" and {self.dataset.num_val} for validation" if self.dataset.num_val else ""
         self.progress.note(
             f"training {self.options.name!r}: {parameters:,} parameters in {len(self.weights)} layers "

@@ -1,7 +1,7 @@
 """Optimizer steps over the weights of one adapter, or of several that share each pass; the base never changes.
 
 One step takes a window of micro-batches, adds up their gradients, clips the sum and applies AdamW (torch's defaults).
-With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate.
+With LoRA+ (arXiv:2402.12354) B learns at a multiple of A's rate, and as in PEFT so do DoRA's magnitudes.
 
     tokens:  loss = Σ over the window of summed cross-entropy / supervised tokens of the window
     mean:    loss = Σ over the window of mean cross-entropy / accumulation_steps
@@ -29,8 +29,10 @@ from torch import Tensor
 from loraserve.base.model import Model
 from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
+from loraserve.lora.dora import WeightOf
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import PackedBatch, RouterLoss, passes, token_losses
+from loraserve.train.dora import DoraNorms
 from loraserve.train.preference import Preference, preference_loss
 from loraserve.train.schedule import learning_rate
 
@@ -44,7 +46,7 @@ class StepRecord:
     loss: float
     """Mean cross-entropy over its supervised tokens, or mean loss over its pairs."""
     lr: float
-    """Of A; LoRA+ takes a multiple of it for B."""
+    """Of A; LoRA+ takes a multiple of it for the others."""
     grad_norm: float | None
     """Before clipping; None where no optimizer step follows this micro-batch."""
     supervised_tokens: int
@@ -62,9 +64,10 @@ class AdapterOptimizer:
 
     Args:
         model: the frozen base.
-        weights: {target: LoraWeight} whose A and B are float32 parameters on the model's device.
+        weights: {target: LoraWeight} whose tensors are float32 parameters on the model's device.
+        weight_of: the base's weights; DoRA needs them.
         total_steps: micro-batches of the whole run, for the schedule.
-        lora_plus_ratio: the learning rate of B by that of A, which is the scheduled one.
+        lora_plus_ratio: the learning rate of B and magnitudes by that of A, which is the scheduled one.
         loss_reduction: `tokens` or `mean`.
         checkpointing: run each block again in the backward pass and keep only its input.
         max_rows: split a micro-batch into passes of up to so many rows, see `PackedBatch.split`; the losses and the
@@ -77,6 +80,7 @@ class AdapterOptimizer:
         model: Model,
         weights: Mapping[str, LoraWeight],
         *,
+        weight_of: WeightOf | None = None,
         total_steps: int,
         peak_learning_rate: float,
         lora_plus_ratio: float = 1.0,
@@ -88,21 +92,27 @@ class AdapterOptimizer:
         preference: Preference | None = None,
     ) -> None:
         self.model, self.weights = model, weights
-        self.stack = AdapterStack([weights])
+        self.dora = DoraNorms(weights, weight_of)
         self.step = 0
         self._total, self._peak, self._clip = total_steps, peak_learning_rate, grad_clip
         self._accumulation, self._mean = accumulation_steps, loss_reduction == "mean"
         self.checkpointing, self.max_rows = checkpointing, max_rows
         self.preference = preference
-        self._parameters = [tensor for weight in weights.values() for tensor in (weight.A, weight.B)]
-        self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and B's
-        halves = [w.A for w in weights.values()], [w.B for w in weights.values()]
-        groups = [
-            {"params": half, "lr": peak_learning_rate * ratio} for half, ratio in zip(halves, self._ratios, strict=True)
-        ]
+        self._parameters = [tensor for weight in weights.values() for tensor in weight.tensors]
+        self._ratios = (1.0, lora_plus_ratio)  # of the two groups, A's and all others
+        halves = [w.A for w in weights.values()], [t for w in weights.values() for t in w.tensors if t is not w.A]
+        rates = [peak_learning_rate * ratio for ratio in self._ratios]
+        groups = [{"params": half, "lr": rate} for half, rate in zip(halves, rates, strict=True)]
         self._adamw = torch.optim.AdamW(groups, fused=True)
         half = model.lm_head.weight.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(model.lm_head.weight.device.type, enabled=half)
+
+    @property
+    @torch.no_grad()
+    def stack(self) -> AdapterStack:
+        """The adapter as it is now, for passes without gradients."""
+        self.dora.measure()
+        return AdapterStack([self.dora.weights()])
 
     def advance(self, window: Sequence[PackedBatch], stop: Callable[[], bool] = lambda: False) -> list[StepRecord]:
         """Take one optimizer step over the micro-batches of `window`.
@@ -213,7 +223,7 @@ class AdapterOptimizer:
         self._adamw.zero_grad()
 
     def _named(self) -> list[tuple[str, str, Tensor]]:
-        return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in (("A", w.A), ("B", w.B))]
+        return [(t, label, tensor) for t, w in self.weights.items() for label, tensor in w.named_tensors.items()]
 
 
 @dataclass(frozen=True)
@@ -249,12 +259,14 @@ def advance_together(
         None if the windows were abandoned, and then nothing has changed.
     """
     lead = optimizers[0]
-    stack = lead.stack if len(optimizers) == 1 else AdapterStack([optimizer.weights for optimizer in optimizers])
+    for optimizer in optimizers:
+        optimizer.dora.measure()
     work = [_Window.of(optimizer, window) for optimizer, window in zip(optimizers, windows, strict=True)]
     router = RouterLoss(lead.model)
     for i, batches in enumerate(zip_longest(*windows)):
         present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
         for parts in passes(present, lead.max_rows):
+            stack = AdapterStack([optimizer.dora.weights() for optimizer in optimizers])
             ratios = [optimizers[slot]._ratios_of(part) for slot, part in parts]
             with router:  # not in the backward pass, which may run blocks again
                 losses = token_losses(lead.model, parts, stack, checkpointing=lead.checkpointing)

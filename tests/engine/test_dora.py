@@ -29,8 +29,6 @@ from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.compare import measure
 from loraserve.train.general import perplexity
-from loraserve.train.initial import start
-from loraserve.train.options import TrainOptions
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{start}")
@@ -220,15 +218,6 @@ def test_deterministic_rows_keep_their_bits_beside_others(
         assert ask(SPECS) == alone
     finally:
         service.stop()
-
-
-def test_training_does_not_go_on_with_it_as_if_it_were_lora(
-    base: Base, dora_registry: Registry, tmp_path: Path
-) -> None:
-    data = tmp_path / "data.jsonl"
-    data.touch()
-    with pytest.raises(AdapterRefused, match="can be served and merged but not trained on"):
-        start(TrainOptions(data=data, name="more", init_from="d"), base, dora_registry)
 
 
 def test_two_of_them_are_compared_as_they_are_served(base: Base, dora_registry: Registry) -> None:

@@ -10,8 +10,11 @@ import torch
 
 from loraserve.errors import InvalidRequest, NotBetter, TrainingInterrupted
 from loraserve.registry import Registry
+from loraserve.train.best import BestWeights
 from loraserve.train.options import TrainOptions
 from loraserve.train.trainer import train
+from tests.train.test_dora import values, with_magnitudes
+from tests.train.test_step import trainable
 from tests.train.test_trainer import SignalAt, replace
 
 
@@ -108,3 +111,22 @@ def test_without_validation_an_adapter_is_published_with_a_note(base, registry, 
 def test_patience_without_validation_is_refused(overfitting):
     with pytest.raises(InvalidRequest, match="patience needs validation dialogues"):
         replace(overfitting, patience=1, val_split=0.0).check()
+
+
+def test_all_of_an_adapter_is_kept_and_restored(base):
+    """Its magnitudes too, by the state that a resumed run takes up."""
+    weights, later = with_magnitudes(base, trainable(base)), with_magnitudes(base, trainable(base, 1), 1)
+    best, again = BestWeights(weights), BestWeights(later)
+    best.begin(3.0, None)
+    best.offer(4, 2.0)
+    wanted = values(weights)
+    with torch.no_grad():
+        for weight in weights.values():
+            for tensor in weight.tensors:
+                tensor.mul_(2)
+    best.offer(8, 2.5)
+    again.load(best.state())
+    for each, trained in ((best, weights), (again, later)):
+        assert not values(trained).equal(wanted)
+        each.restore()
+        assert values(trained).equal(wanted)

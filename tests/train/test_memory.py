@@ -6,16 +6,26 @@ import torch
 from loraserve.errors import InvalidRequest
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import pack, summed_loss
+from loraserve.train.dora import DoraNorms
 from loraserve.train.memory import Footprint, footprint, plan
+from tests.train.test_dora import with_magnitudes
 from tests.train.test_loss import adapter
 from tests.train.test_step import optimizer, random_samples, trainable, values
 
 
-def test_what_a_pass_keeps_is_what_was_predicted(base):
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_what_a_pass_keeps_is_what_was_predicted(base, dora):
     batch, weights = pack(random_samples(40)), adapter(base, head=False)
+    plain = footprint(base.config, weights, base.dtype)
+    if dora:
+        weights = with_magnitudes(base, weights)
     needs = footprint(base.config, weights, base.dtype)
+    assert (needs.block > 1.2 * plain.block) == dora
+    used = DoraNorms(weights, base.weight_of)
+    used.measure()
+    used = used.weights()
     frozen = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
-    frozen |= {x.untyped_storage().data_ptr() for w in weights.values() for x in (w.A, w.B)}
+    frozen |= {x.untyped_storage().data_ptr() for w in used.values() for x in w.tensors}
     saved = {}
 
     def keep(x):
@@ -23,7 +33,7 @@ def test_what_a_pass_keeps_is_what_was_predicted(base):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        summed_loss(base.model, batch, AdapterStack([weights]))
+        summed_loss(base.model, batch, AdapterStack([used]))
     kept = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in frozen) / batch.num_rows
     assert kept == pytest.approx(needs.num_blocks * needs.block + needs.head, rel=0.05)
 

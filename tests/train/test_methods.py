@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
 from loraserve.errors import AdapterNotFound, AdapterRefused, InvalidRequest, NotBetter, TrainingInterrupted
+from loraserve.lora.adapter import Adapter
 from loraserve.lora.batch import LoraBatch
+from loraserve.lora.dora import prepared
 from loraserve.registry import Registry
 from loraserve.train.data import Encoder
 from loraserve.train.initial import start
@@ -70,6 +72,29 @@ CASES = {
         1.0,
     ),
     "LoRA+": ({"lora_plus_ratio": 4.0}, {"r": 8, "lora_alpha": 16}, 4.0),
+    "DoRA": ({"use_dora": True}, {"r": 8, "lora_alpha": 16, "use_dora": True}, 1.0),
+    "DoRA, patterns, rslora and LoRA+": (
+        {
+            "targets": ["q_proj", "o_proj", "up_proj", "down_proj"],
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "use_rslora": True,
+            "lora_plus_ratio": 3.0,
+            "use_dora": True,
+        },
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "use_rslora": True,
+            "use_dora": True,
+            "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        },
+        3.0,
+    ),
 }
 
 
@@ -125,7 +150,8 @@ def losses_of(record):
 
 def logits_of(base, weights, ids):
     attention = PackedAttention([len(ids)])
-    return base.model(ids, attention.positions, attention, LoraBatch.uniform(weights, len(ids)) if weights else None)
+    lora = LoraBatch.uniform(prepared(Adapter(weights), base.weight_of).weights, len(ids)) if weights else None
+    return base.model(ids, attention.positions, attention, lora)
 
 
 def assert_same_run(base, registry, options, model, samples, ratio, base_dir):
@@ -161,9 +187,11 @@ def test_a_run_is_the_one_that_peft_would_have_made(base, base_dir, registry, op
             module = model.get_submodule(f"base_model.model.{target}")
             module.lora_A["default"].weight.copy_(weight.A)
             assert module.scaling["default"] == pytest.approx(weight.scaling)
+            if weight.magnitude is not None:
+                torch.testing.assert_close(module.lora_magnitude_vector["default"].weight, weight.magnitude)
     record = assert_same_run(base, registry, options, model, samples_of(base, options), ratio, base_dir)
     saved = json.loads((record.path / "adapter_config.json").read_text())
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         assert saved[field] == getattr(model.peft_config["default"], field)
     assert record.manifest.recipe["use_rslora"] == options.use_rslora
     card = (record.path / "README.md").read_text("utf-8")
@@ -171,8 +199,9 @@ def test_a_run_is_the_one_that_peft_would_have_made(base, base_dir, registry, op
     assert ("| rank_pattern |" in card) == bool(options.rank_pattern)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 def test_going_on_with_an_adapter_of_peft_s_is_going_on_with_it_in_peft(
-    base, base_dir, registry, options, theirs, tmp_path
+    base, base_dir, registry, options, theirs, tmp_path, use_dora
 ):
     """From a directory, with a B that is not zero, ranks of its own and rsLoRA; the second time from the registry."""
     torch.manual_seed(3)
@@ -182,10 +211,15 @@ def test_going_on_with_an_adapter_of_peft_s_is_going_on_with_it_in_peft(
         target_modules=["q_proj", "down_proj"],
         rank_pattern={"down_proj": 2},
         use_rslora=True,
+        use_dora=use_dora,
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for name, magnitude in model.named_parameters():
+            if "lora_magnitude" in name:
+                magnitude.mul_(torch.rand_like(magnitude) + 0.5)
     model.save_pretrained(tmp_path / "theirs")
     before = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in before.values())

@@ -38,7 +38,7 @@ def test_a_table_of_a_file_has_its_own_options_over_the_command_lines(common, di
     file.write_text(
         '[[run]]\nname = "robot"\ndata = "robot.jsonl"\nrank = 3\nlearning_rate = 2e-3\nval-split = 0.2\n'
         'targets = ["q_proj", "v_proj"]\nrank_pattern = {q_proj = 5}\npublish = "always"\n'
-        '[[run]]\ndata = "other.jsonl"\nrslora = true\nepochs = 2\n'
+        '[[run]]\ndata = "other.jsonl"\nrslora = true\ndora = true\nepochs = 2\n'
     )
     result = run(*common, "--runs", file, "--batch-size", 3, "--learning-rate", 5e-4)
     assert result.exit_code == 0, result.output
@@ -47,6 +47,7 @@ def test_a_table_of_a_file_has_its_own_options_over_the_command_lines(common, di
     assert robot["rank_pattern"] == ["q_proj=5"] and robot["targets"] == ["q_proj", "v_proj"]
     assert (plain["r"], plain["learning_rate"], plain["use_rslora"], plain["epochs"]) == (8, 5e-4, True, 2)
     assert robot["batch_size"] == plain["batch_size"] == 3 and not robot["use_rslora"]
+    assert plain["use_dora"] and not robot["use_dora"]
 
 
 def test_one_that_fails_is_told_and_the_exit_code_says_so(common, dialogue_file, other, tmp_path):

@@ -123,12 +123,13 @@ def test_targets_are_names_or_a_regex(arguments, tmp_path, targets, expected):
 
 def test_methods_are_options_and_an_adapter_can_be_gone_on_with(arguments, tmp_path):
     patterns = ["--rank-pattern", "layers.0.*=2", "--rank_pattern", "q_proj=5", "--alpha-pattern", "q_proj=2.5"]
-    result = run(*arguments, *patterns, "--rslora", "--lora-plus-ratio", "4", "--name", "some")
+    result = run(*arguments, *patterns, "--rslora", "--dora", "--lora-plus-ratio", "4", "--name", "some")
     assert result.exit_code == 0, result.stderr
     record = Registry(tmp_path / "adapters").get("some")
     config = record.config
     assert list(config.rank_pattern.items()) == [("layers.0.*", 2), ("q_proj", 5)]
     assert config.alpha_pattern == {"q_proj": 2.5} and config.use_rslora and config.lora_alpha == 16
+    assert config.use_dora and Registry(tmp_path / "adapters").load("some").is_dora
     assert record.manifest.recipe["lora_plus_ratio"] == 4
     result = run(*arguments, "--init-from", "some", "--name", "more")
     assert result.exit_code == 0, result.stderr
