@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from loraserve.errors import InvalidRequest, PeerFailed, ProcessLost
@@ -108,7 +108,7 @@ def join(device: str) -> Iterator[Ranks]:
     """Meet the other processes of this run for the duration of a block, in which only the leading one is heard.
 
     Args:
-        device: `--device`; where there are several processes `auto` and `cuda` become the GPU of LOCAL_RANK.
+        device: `--device`; where there are several processes a GPU becomes that of LOCAL_RANK.
 
     Raises:
         PeerFailed: instead of the error that ended the block, if another process says why.
@@ -118,6 +118,8 @@ def join(device: str) -> Iterator[Ranks]:
         return
     on_gpus = device != "cpu" and torch.cuda.is_available()
     store, rank, size = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # on one machine torchrun keeps its store for those it starts again
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
     )

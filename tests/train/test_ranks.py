@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,9 +23,9 @@ from loraserve.train.trainer import _Trained
 from tests.train.conftest import PAIRS, write_base
 from tests.train.test_full_disk import files_up_to
 from tests.train.test_kills import FORKS
-from tests.train.test_train_command import arguments, run  # noqa: F401
+from tests.train.test_train_command import arguments, run, wait_for  # noqa: F401
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loraserve"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def rank(line, folder, environment, limit, fails_after):
@@ -150,18 +151,19 @@ def assert_same_bits(ranks):
             assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
 
 
+def torchrun(*words):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GLOO_SOCKET_IFNAME": "lo"}
+    command, pipe = [*TORCHRUN, *words], subprocess.PIPE
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=environment)
+
+
 def test_torchrun_trains_what_one_process_trains_and_one_process_goes_on_with_it(settings, tmp_path):
     settings += ["--epochs", "6", "--val-split", "0.1", "--accumulation-steps", "2"]
     alone, together = Registry(tmp_path / "alone"), Registry(tmp_path / "adapters")
     assert run(*settings, "--adapters-dir", tmp_path / "alone").exit_code == 0
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "GLOO_SOCKET_IFNAME": "lo"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*TORCHRUN, "train", *settings], stderr=pipe, stdout=pipe, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
-    ) as process:
-        for line in process.stderr:
-            if "step 10/24" in line:
-                break
+    with torchrun("-m", "loraserve", "train", *settings) as process:
+        wait_for(process, "step 10/24")
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -171,6 +173,19 @@ def test_torchrun_trains_what_one_process_trains_and_one_process_goes_on_with_it
     result = run(*settings, "--resume")
     assert result.exit_code == 0 and "resuming after step 1" in result.stderr
     assert_alike(together, alone)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_was_killed_and_the_run_goes_on(settings, tmp_path):
+    """Catches processes that look for those of the first start."""
+    settings += ["--epochs", "15", "--save-interval", "5", "--resume"]
+    with torchrun("--max-restarts", "1", "-m", "loraserve", "train", *settings) as process:
+        wait_for(process, "step 20/60")
+        psutil.Process(process.pid).children()[-1].kill()
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming after step" in stderr, stderr
+    assert run(*settings, "--adapters-dir", tmp_path / "alone").exit_code == 0
+    assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
 
 
 SETTINGS = {
