@@ -120,6 +120,18 @@ class TrainingInterrupted(LoraserveError):
     code = "interrupted"
 
 
+class ProcessLost(LoraserveError):
+    """Another process of the same training run ended without a word, or cannot be reached."""
+
+    code = "process_lost"
+
+
+class PeerFailed(LoraserveError):
+    """Another process of the same training run has said why it ends; this one ends, too, and says nothing."""
+
+    code = "peer_failed"
+
+
 class StorageError(LoraserveError):
     """Writing failed (disk full, no permission). What was there before is still there."""
 

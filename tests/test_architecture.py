@@ -64,7 +64,7 @@ def layer_of(module: str) -> str | None:
 
 def test_every_module_belongs_to_a_layer() -> None:
     strangers = {module_name(file) for file in FILES if layer_of(module_name(file)) is None}
-    assert strangers == {"loraserve"}
+    assert strangers == {"loraserve", "loraserve.__main__"}
     assert len(FILES) > 50
 
 

@@ -2,7 +2,7 @@
 
     0 done · 1 failed · 2 an option or argument that can never work · 130 interrupted
 
-Each failure is one line on stderr, `error: ...`.
+Each failure is one line on stderr, `error: ...`; of several processes of a training run one says it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from loraserve.errors import InvalidRequest, LoraserveError, TrainingInterrupted
+from loraserve.errors import InvalidRequest, LoraserveError, PeerFailed, TrainingInterrupted
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -32,7 +32,7 @@ def report(error: BaseException) -> None:
         error.show()
     elif isinstance(error, click.Abort | KeyboardInterrupt):
         click.echo("interrupted", err=True)
-    elif not is_broken_pipe(error):
+    elif not is_broken_pipe(error) and not isinstance(error, PeerFailed):
         click.echo(f"error: {_one_line(describe(error))}", err=True)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loraserve.base.load import Base
     from loraserve.registry import Record, Registry
     from loraserve.train.options import TrainOptions
+    from loraserve.train.ranks import Ranks
 
 OWN = {
     "data",
@@ -154,12 +155,12 @@ def check_together(
         raise click.UsageError("--learning-rate and --lr-sweep both say the rate; give one of them", ctx)
 
 
-def train_all_of(base: "Base", registry: "Registry", each: list["TrainOptions"]) -> int:
+def train_all_of(base: "Base", registry: "Registry", each: list["TrainOptions"], ranks: "Ranks") -> int:
     """Train them at once and say what came of each; the exit code is 1 unless all are published."""
     from loraserve.errors import LoraserveError, NotBetter
     from loraserve.train.trainer import train_all
 
-    outcomes = train_all(base, registry, each, sys.stderr)
+    outcomes = train_all(base, registry, each, sys.stderr, ranks)
     failed = 0
     for options, outcome in zip(each, outcomes, strict=True):
         if isinstance(outcome, LoraserveError):

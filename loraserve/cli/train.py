@@ -8,7 +8,8 @@ import click
 from click.core import ParameterSource
 
 from loraserve.cli.minimind import FLAG, MiniMindBase, minimind_options, with_minimind_base
-from loraserve.cli.options import BaseOptions, LoraserveCommand, base_options, open_base, open_registry, parse_size
+from loraserve.cli.options import BaseOptions, base_options, open_base, open_registry, parse_size
+from loraserve.cli.processes import ProcessesCommand, meet
 from loraserve.cli.runs import check_together, runs_of, say_published, train_all_of
 from loraserve.errors import InvalidRequest
 
@@ -40,7 +41,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str | None) -
     return tuple(number.convert(rate.strip(), param, ctx) for rate in value.split(",")) if value is not None else ()
 
 
-@click.command(cls=LoraserveCommand)
+@click.command(cls=ProcessesCommand)
 @base_options
 @click.option(
     "--data",
@@ -232,11 +233,14 @@ def command(
 
     MiniMind's command lines run as they are: replace `python train_lora.py` by `loraserve train`. A run that was
     stopped or killed goes on with --resume and ends with the same adapter.
+
+    torchrun --nproc-per-node 2 -m loraserve train ... trains it with two processes or GPUs.
     """
     from loraserve.train.reporters import check_installed
     from loraserve.train.trainer import sweep, train
 
     ctx = click.get_current_context()
+    options, ranks = meet(ctx, options)
     settings |= {
         "resume": resume or from_resume == "1",
         "report_to": tuple(dict.fromkeys([*report_to, *(["wandb"] if use_wandb else [])])),
@@ -253,9 +257,11 @@ def command(
     if dry_run:
         from loraserve.cli.dry_run import survey
 
-        survey(options, train_options, as_json=as_json)
+        if ranks.leads:
+            survey(options, train_options, as_json=as_json)
         return 0
-    base = open_base(options)
+    with ranks.lead_first():
+        base = open_base(options)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
         raise InvalidRequest(
@@ -264,11 +270,11 @@ def command(
         )
     registry = open_registry(options, base)
     if len(each) > 1:
-        return train_all_of(base, registry, each)
+        return train_all_of(base, registry, each, ranks)
     if lr_sweep:
-        record = sweep(base, registry, train_options, lr_sweep, sys.stderr).record
+        record = sweep(base, registry, train_options, lr_sweep, sys.stderr, ranks).record
     else:
-        record = train(base, registry, train_options, sys.stderr).record
+        record = train(base, registry, train_options, sys.stderr, ranks).record
     say_published(record)
     return 0
 

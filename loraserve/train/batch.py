@@ -82,6 +82,20 @@ def pack(samples: Sequence[Sample], group: int = 1) -> PackedBatch:
     return PackedBatch(torch.cat(ids).long(), lengths, torch.cat(rows), torch.cat(targets).long(), group)
 
 
+def joined(batches: Sequence[PackedBatch]) -> PackedBatch | None:
+    """Lay batches end to end as one; None of none."""
+    if not batches:
+        return None
+    starts = [sum(before.num_rows for before in batches[:i]) for i in range(len(batches))]
+    return PackedBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        [length for batch in batches for length in batch.lengths],
+        torch.cat([batch.rows + start for batch, start in zip(batches, starts, strict=True)]),
+        torch.cat([batch.targets for batch in batches]),
+        batches[0].group,
+    )
+
+
 def passes(batches: Sequence[tuple[int, PackedBatch]], max_rows: int | None) -> list[list[tuple[int, PackedBatch]]]:
     """Put batches of several adapters into as few passes of up to `max_rows` rows as come one after the other.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from loraserve.base.model import Model
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import PackedBatch, dialogue_losses, token_losses
+from loraserve.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,16 @@ def preference_loss(margins: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(
-    model: Model, batches: Iterable[PackedBatch], stack: AdapterStack | None, preference: Preference | None
+    model: Model,
+    batches: Iterable[PackedBatch],
+    stack: AdapterStack | None,
+    preference: Preference | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float | None]:
     """The mean loss of held-out batches, per supervised token or per pair.
 
     Args:
+        batches: this rank's; the figures are those of all.
         stack: the adapter to judge, or None for the base alone.
         preference: None for dialogues.
 
@@ -79,4 +85,5 @@ def validate(
         total += float(preference_loss(margins))
         right += int((margins > 0).sum())
         count += batch.num_pairs
-    return total / count, None if preference is None else right / count
+    loss_sum, num_right, num = ranks.sum([total, right, count])
+    return loss_sum / num, None if preference is None else num_right / num

@@ -21,6 +21,7 @@ from loraserve.train.initial import start
 from loraserve.train.memory import Plan
 from loraserve.train.options import TrainOptions
 from loraserve.train.preference import Preference, validate
+from loraserve.train.ranks import ALONE, Ranks
 from loraserve.train.report import Metrics, Progress
 from loraserve.train.reporters import Reports
 from loraserve.train.step import AdapterOptimizer, StepRecord
@@ -35,6 +36,7 @@ class Run:
         data_folder: for its tokens; runs on the same files may share one.
         stream: gets a progress bar if it is a terminal, log lines otherwise.
         label: by which its lines are known among those of other runs; empty for a run alone.
+        ranks: the processes that train it together; the leading one alone has `reports` and `metrics`.
     """
 
     optimizer: AdapterOptimizer
@@ -51,10 +53,11 @@ class Run:
         data_folder: Path,
         stream: TextIO,
         label: str = "",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.base, self.registry, self.options = base, registry, options
         self.folder, self.data_folder = folder, data_folder
-        self.stream, self.label = stream, label
+        self.stream, self.label, self.ranks = stream, label, ranks
         self.seconds = 0.0
         self.ended = ""
         """Why it takes no further part, whatever its step: it failed, or is published already."""
@@ -94,25 +97,28 @@ class Run:
             self.optimizer.load(state.step, state.weights, state.optimizer, state.scaler)
             self.seconds, self.ended = state.seconds, state.ended
             self.best.load(state.best)
-        done = self.optimizer.step
-        self.reports = Reports(
-            options.report_to,
-            name=options.name,
-            project=options.report_project,
-            recipe=self.recipe,
-            run_ids=state.run_ids if state else {},
-            step=done,
-        )
-        self.metrics = Metrics(self.folder / METRICS, done=done)
+        if self.ranks.leads:
+            self._open_records(state)
         self.progress = Progress(
             self.stream,
             total=self.total,
             epochs=options.epochs,
-            done=done,
+            done=self.optimizer.step,
             log_interval=options.log_interval,
             label=self.label,
         )
         self._announce(state)
+
+    def _open_records(self, state: RunState | None) -> None:
+        self.reports = Reports(
+            self.options.report_to,
+            name=self.options.name,
+            project=self.options.report_project,
+            recipe=self.recipe,
+            run_ids=state.run_ids if state else {},
+            step=self.optimizer.step,
+        )
+        self.metrics = Metrics(self.folder / METRICS, done=self.optimizer.step)
 
     def _announce(self, state: RunState | None) -> None:
         parameters = sum(w.num_parameters for w in self.weights.values())
@@ -186,14 +192,17 @@ class Run:
         self.best.begin(loss, initial)
 
     def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
-        rows, size, group = range(self.dataset.num_val), self.options.batch_size, self.dataset.samples_per_row
-        samples = ([s for row in rows[i : i + size] for s in self.dataset.val_samples(row)] for i in rows[::size])
+        size, group = self.options.batch_size, self.dataset.samples_per_row
+        rows = range(self.dataset.num_val)[self.ranks.rank :: self.ranks.size]
+        parts = (rows[i : i + size] for i in range(0, len(rows), size))
+        samples = ([s for row in part for s in self.dataset.val_samples(row)] for part in parts)
         batches = (part for each in samples for part in pack(each, group).split(self.plan.max_rows))
-        return validate(self.base.model, batches, stack, self.preference)
+        return validate(self.base.model, batches, stack, self.preference, self.ranks)
 
     def _log(self, record: dict[str, Any]) -> None:
-        self.metrics.add(record)
-        self.reports.add(record)
+        if self.ranks.leads:
+            self.metrics.add(record)
+            self.reports.add(record)
 
     def state(self) -> RunState:
         return RunState(
@@ -208,5 +217,6 @@ class Run:
 
     def close(self) -> None:
         self.progress.close()
-        self.metrics.close()
-        self.reports.close()
+        if self.ranks.leads:
+            self.metrics.close()
+            self.reports.close()

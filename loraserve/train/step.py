@@ -15,10 +15,12 @@ float16 scales the loss so that gradients do not vanish.
 Adapters that step together lie in one pass, each on its own rows (`advance_together`). A row meets one adapter, so the
 gradient of the sum of their losses is each one's own; loss, scale, clipping and AdamW are one adapter's as if it were
 alone, and what is not finite in one reaches no other.
+
+Several processes run a share of the rows each (`shares`) and then take the same step by the sum of their gradients.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -34,7 +36,9 @@ from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import PackedBatch, RouterLoss, passes, token_losses
 from loraserve.train.dora import DoraNorms
 from loraserve.train.preference import Preference, preference_loss
+from loraserve.train.ranks import ALONE, Ranks
 from loraserve.train.schedule import learning_rate
+from loraserve.train.shares import own_share, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class AdapterOptimizer:
         """Take one optimizer step over the micro-batches of `window`.
 
         Args:
-            stop: asked after every pass; once true the window is abandoned.
+            stop: asked before and after every pass; once true the window is abandoned.
 
         Returns:
             a record per micro-batch; none if it was abandoned, and then nothing has changed.
@@ -140,13 +144,14 @@ class AdapterOptimizer:
     def _ratios_of(self, part: PackedBatch) -> Tensor | None:
         return None if self.preference is None else self.preference.reference_ratios(self.model, part)
 
-    def _loss(self, part: PackedBatch, losses: Tensor, ratios: Tensor | None, margins: list[Tensor]) -> Tensor:
-        """The loss summed over a part's tokens or pairs; `margins` gets those of its pairs."""
+    def _loss(self, part: PackedBatch, losses: Tensor, ratios: Tensor | None, figures: Tensor) -> Tensor:
+        """The loss summed over a part's tokens or pairs; `figures` (3,) gets what its pairs add to them."""
         if self.preference is None or ratios is None:
             return losses.sum()
-        found = self.preference.margins(part, losses, ratios)
-        margins.append(found.detach())
-        return preference_loss(found)
+        margins = self.preference.margins(part, losses, ratios)
+        figures[1] += margins.detach().sum()
+        figures[2] += (margins > 0).sum()
+        return preference_loss(margins)
 
     def _to_minimize(
         self, loss: Tensor, router_loss: Tensor | float, part: PackedBatch, of: "_Window", i: int
@@ -159,10 +164,12 @@ class AdapterOptimizer:
 
     def _finish(self, of: "_Window") -> list[StepRecord]:
         """Step by the gradients that are there."""
-        window, losses = of.batches, of.losses
+        window = of.batches
+        self._scaler.scale(of.figures)  # for the scaler to be ready where no row was run
         self._scaler.unscale_(self._adamw)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        *values, grad_norm = torch.stack([*losses, norm]).tolist()
+        *flat, grad_norm = torch.cat([of.figures.flatten(), norm.reshape(1)]).tolist()
+        values, margins, right = flat[::3], flat[1::3], flat[2::3]
         rates = [learning_rate(self.step + i, self._total, self._peak) for i in range(1, len(window) + 1)]
         self._check_finite(values, grad_norm, rates[-1])
         for group, ratio in zip(self._adamw.param_groups, self._ratios, strict=True):
@@ -179,7 +186,7 @@ class AdapterOptimizer:
                 grad_norm=grad_norm if i == len(window) - 1 else None,
                 supervised_tokens=batch.num_supervised,
                 tokens=batch.num_rows,
-                **_rewards(of.margins[i]),
+                **({} if self.preference is None else _rewards(of.counts[i], margins[i], right[i])),
             )
             for i, batch in enumerate(window)
         ]
@@ -228,31 +235,32 @@ class AdapterOptimizer:
 
 @dataclass(frozen=True)
 class _Window:
-    """The micro-batches of one optimizer step of one adapter, and what comes of each."""
+    """The micro-batches of one optimizer step of one adapter, and what comes of each, over all ranks in the end."""
 
     batches: Sequence[PackedBatch]
     counts: list[int]
-    losses: list[Tensor]
-    """Means, over `counts`."""
-    margins: list[list[Tensor]]
+    figures: Tensor
+    """(micro-batches, 3): mean loss over `counts`, and of pairs the sum of the margins and how many are above 0."""
 
     @classmethod
     def of(cls, optimizer: AdapterOptimizer, batches: Sequence[PackedBatch]) -> "_Window":
-        zeros = [torch.zeros((), device=optimizer.model.lm_head.weight.device) for _ in batches]
-        return cls(batches, [optimizer._count(batch) for batch in batches], zeros, [[] for _ in batches])
+        figures = torch.zeros(len(batches), 3, device=optimizer.model.lm_head.weight.device)
+        return cls(batches, [optimizer._count(batch) for batch in batches], figures)
 
 
 def advance_together(
     optimizers: Sequence[AdapterOptimizer],
     windows: Sequence[Sequence[PackedBatch]],
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> list[list[StepRecord] | TrainingFailed] | None:
     """Take one optimizer step of each of several adapters on one base; their micro-batches share passes.
 
     Args:
         optimizers: all with the same `checkpointing` and `max_rows`, which is the limit of a shared pass.
         windows: of each, its micro-batches; their numbers may differ.
-        stop: asked after every pass; once true all windows are abandoned.
+        stop: asked before and after every pass; once true on any rank all windows are abandoned on all.
+        ranks: the processes that take this step together, all with the same windows.
 
     Returns:
         of each, a record per micro-batch, or why it could not step, and then its weights and optimizer are as before;
@@ -263,26 +271,40 @@ def advance_together(
         optimizer.dora.measure()
     work = [_Window.of(optimizer, window) for optimizer, window in zip(optimizers, windows, strict=True)]
     router = RouterLoss(lead.model)
+    stopped = stop()
+    for i, parts in _passes(own_share(windows, ranks), lead.max_rows):
+        if stopped:
+            break
+        stack = AdapterStack([optimizer.dora.weights() for optimizer in optimizers])
+        ratios = [optimizers[slot]._ratios_of(part) for slot, part in parts]
+        with router:  # not in the backward pass, which may run blocks again
+            losses = token_losses(lead.model, parts, stack, checkpointing=lead.checkpointing)
+        router_losses = router.take([part.num_rows for _, part in parts])
+        shares = []
+        for (slot, part), each, ratio, router_loss in zip(parts, losses, ratios, router_losses, strict=True):
+            window = work[slot]
+            loss = optimizers[slot]._loss(part, each, ratio, window.figures[i])
+            window.figures[i, 0] += loss.detach() / window.counts[i]
+            shares.append(optimizers[slot]._to_minimize(loss, router_loss, part, window, i))
+        torch.stack(shares).sum().backward()
+        stopped = stop()
+    if ranks.any(stopped):
+        for optimizer in optimizers:
+            optimizer._abandon()
+        return None
+    parameters = [parameter for optimizer in optimizers for parameter in optimizer._parameters]
+    sum_gradients(parameters, [window.figures for window in work], ranks)
+    return [_outcome(optimizer, window) for optimizer, window in zip(optimizers, work, strict=True)]
+
+
+def _passes(
+    windows: Sequence[Sequence[PackedBatch | None]], max_rows: int | None
+) -> Iterator[tuple[int, list[tuple[int, PackedBatch]]]]:
+    """(place in the window, parts) of each pass, see `passes`."""
     for i, batches in enumerate(zip_longest(*windows)):
         present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
-        for parts in passes(present, lead.max_rows):
-            stack = AdapterStack([optimizer.dora.weights() for optimizer in optimizers])
-            ratios = [optimizers[slot]._ratios_of(part) for slot, part in parts]
-            with router:  # not in the backward pass, which may run blocks again
-                losses = token_losses(lead.model, parts, stack, checkpointing=lead.checkpointing)
-            router_losses = router.take([part.num_rows for _, part in parts])
-            shares = []
-            for (slot, part), each, ratio, router_loss in zip(parts, losses, ratios, router_losses, strict=True):
-                window = work[slot]
-                loss = optimizers[slot]._loss(part, each, ratio, window.margins[i])
-                window.losses[i] += loss.detach() / window.counts[i]
-                shares.append(optimizers[slot]._to_minimize(loss, router_loss, part, window, i))
-            torch.stack(shares).sum().backward()
-            if stop():
-                for optimizer in optimizers:
-                    optimizer._abandon()
-                return None
-    return [_outcome(optimizer, window) for optimizer, window in zip(optimizers, work, strict=True)]
+        for parts in passes(present, max_rows):
+            yield i, parts
 
 
 def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] | TrainingFailed:
@@ -292,10 +314,6 @@ def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] |
         return error
 
 
-def _rewards(margins: list[Tensor]) -> dict[str, Any]:
-    """The figures of a micro-batch's pairs; none of dialogues."""
-    if not margins:
-        return {}
-    found = torch.cat(margins)  # (P,)
-    accuracy = int((found > 0).sum()) / len(found)
-    return {"pairs": len(found), "reward_margin": float(found.mean()), "accuracy": accuracy}
+def _rewards(pairs: int, margins: float, right: float) -> dict[str, Any]:
+    """What a record has of a micro-batch's pairs, of the sum of their margins and the number above 0."""
+    return {"pairs": pairs, "reward_margin": margins / pairs, "accuracy": right / pairs}

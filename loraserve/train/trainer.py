@@ -10,25 +10,29 @@ same weights as ones that were not; a GPU's attention kernels may add up in anot
 
 One run keeps its state in `<folder>/<name>`. Several keep theirs in the folder of the first one's name: one checkpoint,
 so that they are all at the same step of the set, and a folder of each one's own for its tokens and metrics.
+
+Several processes (`ranks`) run all of this in step, each on its share of the rows. The leading one alone touches files
+that are not there to be read by all, and its word counts: what it took up, what it published.
 """
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, LoraserveError, NotBetter, TrainingFailed, TrainingInterrupted
 from loraserve.registry import Registry
 from loraserve.train.allocator import give_back_large_tensors
-from loraserve.train.checkpoint import METRICS, discard, exclusive, load_states, resumable, save_states
+from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_states, resumable, save_states
 from loraserve.train.dataset import discard_dataset
 from loraserve.train.memory import plan_for
 from loraserve.train.options import TrainOptions
 from loraserve.train.publish import TrainResult, publish
+from loraserve.train.ranks import ALONE, Ranks
 from loraserve.train.run import Run
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import advance_together
@@ -38,11 +42,12 @@ WORK_FOLDER = ".training"
 PUBLISHED = "published"
 
 
-def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO) -> TrainResult:
+def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO, ranks: Ranks = ALONE) -> TrainResult:
     """Train an adapter and publish it under `options.name`.
 
     Args:
         stream: gets a progress bar if it is a terminal, log lines otherwise.
+        ranks: the processes that train it together, each of which calls this with the same options.
 
     Raises:
         InvalidRequest: an option that cannot be, or a checkpoint of another recipe to resume.
@@ -52,8 +57,9 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
         NotBetter: the validation loss is not below the base's and options.publish is `better`; the state is saved.
         TrainingInterrupted: SIGINT or SIGTERM; the state is saved.
         StorageError: a checkpoint or the adapter could not be written; the last good checkpoint stays.
+        ProcessLost: another process is gone; the last good checkpoint stays.
     """
-    (outcome,) = train_all(base, registry, [options], stream)
+    (outcome,) = train_all(base, registry, [options], stream, ranks)
     if isinstance(outcome, LoraserveError):
         raise outcome
     assert outcome is not None  # a run alone leaves no state when it is published
@@ -61,7 +67,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO)
 
 
 def train_all(
-    base: Base, registry: Registry, options: Sequence[TrainOptions], stream: TextIO
+    base: Base, registry: Registry, options: Sequence[TrainOptions], stream: TextIO, ranks: Ranks = ALONE
 ) -> list[TrainResult | TrainingFailed | NotBetter | None]:
     """Train several adapters at once, each as it would be alone, and publish each under its name.
 
@@ -80,28 +86,39 @@ def train_all(
     for name, count in Counter(names).items():
         if count > 1:
             raise InvalidRequest(f"{count} runs have the name {name!r}; give each a name of its own", param="name")
-    with _trained(base, registry, options, names, stream) as trained:
-        outcomes: list[TrainResult | TrainingFailed | NotBetter | None] = []
-        for run in trained.runs:
-            outcomes.append(trained.failures.get(run.label))
-            if run.ended:
-                continue
-            if run.label:
-                print(f"\n{run.label}:", file=stream, flush=True)
-            try:
-                outcomes[-1] = publish(run)
-            except NotBetter as error:
-                outcomes[-1] = error
-                continue
-            run.ended = PUBLISHED
-            if run.label:
-                trained.save()
-        if all(run.ended == PUBLISHED for run in trained.runs):
-            trained.discard()
-        return outcomes
+    with _trained(base, registry, options, names, stream, ranks) as trained:
+        return ranks.from_lead(lambda: _publish_all(trained, stream))
 
 
-def sweep(base: Base, registry: Registry, options: TrainOptions, rates: Sequence[float], stream: TextIO) -> TrainResult:
+def _publish_all(trained: "_Trained", stream: TextIO) -> list[TrainResult | TrainingFailed | NotBetter | None]:
+    outcomes: list[TrainResult | TrainingFailed | NotBetter | None] = []
+    for run in trained.runs:
+        outcomes.append(trained.failures.get(run.label))
+        if run.ended:
+            continue
+        if run.label:
+            print(f"\n{run.label}:", file=stream, flush=True)
+        try:
+            outcomes[-1] = publish(run)
+        except NotBetter as error:
+            outcomes[-1] = error
+            continue
+        run.ended = PUBLISHED
+        if run.label:
+            trained.save()
+    if all(run.ended == PUBLISHED for run in trained.runs):
+        trained.discard()
+    return outcomes
+
+
+def sweep(
+    base: Base,
+    registry: Registry,
+    options: TrainOptions,
+    rates: Sequence[float],
+    stream: TextIO,
+    ranks: Ranks = ALONE,
+) -> TrainResult:
     """Train `options` at each of several learning rates at once; publish what does best on validation.
 
     Args:
@@ -120,7 +137,7 @@ def sweep(base: Base, registry: Registry, options: TrainOptions, rates: Sequence
     if len(rates) < 2 or len(set(rates)) < len(rates):
         raise InvalidRequest("lr_sweep takes two or more different learning rates", param="lr_sweep")
     each = [dataclasses.replace(options, learning_rate=rate) for rate in rates]
-    with _trained(base, registry, each, [f"lr-{rate}" for rate in rates], stream) as trained:
+    with _trained(base, registry, each, [f"lr-{rate}" for rate in rates], stream, ranks) as trained:
         able = [run for run in trained.runs if not run.ended and run.best.loss is not None]
         if not able:
             raise next(
@@ -130,23 +147,26 @@ def sweep(base: Base, registry: Registry, options: TrainOptions, rates: Sequence
         best = min(able, key=lambda run: run.best.loss or 0.0)
         losses = {f"{run.options.learning_rate}": run.best.loss if run in able else None for run in trained.runs}
         show_sweep(stream, losses, f"{best.options.learning_rate}")
-        result = publish(best, {"lr_sweep": losses})
+        result = ranks.from_lead(lambda: publish(best, {"lr_sweep": losses}))
         trained.discard()
         return result
 
 
 class _Trained:
-    """Runs that share passes, and their one checkpoint in `folder`."""
+    """Runs that share passes, and their one checkpoint in `folder`, which the leading rank keeps."""
 
-    def __init__(self, runs: Sequence[Run], folder: Path) -> None:
-        self.runs, self.folder = runs, folder
+    def __init__(self, runs: Sequence[Run], folder: Path, ranks: Ranks) -> None:
+        self.runs, self.folder, self.ranks = runs, folder, ranks
         self.failures: dict[str, TrainingFailed] = {}
         """By label."""
 
     def save(self) -> None:
-        save_states(self.folder, [run.state() for run in self.runs])
+        if self.ranks.leads:
+            save_states(self.folder, [run.state() for run in self.runs])
 
     def discard(self) -> None:
+        if not self.ranks.leads:
+            return
         for run in self.runs:
             discard_dataset(run.data_folder)
             discard(run.folder)
@@ -155,16 +175,17 @@ class _Trained:
     def loop(self) -> None:
         """Run all to their last steps; raises TrainingInterrupted."""
         for run in self.runs:
-            if not run.metrics.records:
+            if run.best.base_loss is None:
                 run.validate()
         begun = time.monotonic()
         started = {run.label: begun - run.seconds for run in self.runs}
         interval = self.runs[0].options.save_interval
         with stop_signals() as stop:
-            while (active := self._active()) and not stop.requested:
+            while active := self._active():
                 before = active[0].optimizer.step
                 windows = [run.window() for run in active]
-                results = advance_together([run.optimizer for run in active], windows, lambda: bool(stop.requested))
+                optimizers = [run.optimizer for run in active]
+                results = advance_together(optimizers, windows, lambda: bool(stop.requested), self.ranks)
                 if results is None:
                     break
                 now = time.monotonic()
@@ -177,12 +198,14 @@ class _Trained:
                     self.save()
             if len(self.failures) < len(self.runs):
                 self.save()
+            self.ranks.wait()  # for what is saved, before anybody ends
         if active := self._active():
+            asked = next(filter(None, self.ranks.gather(stop.requested)), None)
             where = ", ".join(
                 f"{run.label and f'{run.label!r} '}after step {run.optimizer.step} of {run.total}" for run in active
             )
             raise TrainingInterrupted(
-                f"stopped by {stop.requested} {where}; the state is saved in {self.folder}; run the same command with "
+                f"stopped by {asked} {where}; the state is saved in {self.folder}; run the same command with "
                 "--resume to go on"
             )
 
@@ -198,7 +221,12 @@ class _Trained:
 
 @contextmanager
 def _trained(
-    base: Base, registry: Registry, options: Sequence[TrainOptions], labels: Sequence[str], stream: TextIO
+    base: Base,
+    registry: Registry,
+    options: Sequence[TrainOptions],
+    labels: Sequence[str],
+    stream: TextIO,
+    ranks: Ranks,
 ) -> Iterator[_Trained]:
     """The runs of `options` at their ends; while they last no other process may train their names."""
     for each in options:
@@ -210,31 +238,28 @@ def _trained(
         raise InvalidRequest("--report-to takes one run; train them one by one, or leave it out", param="report_to")
     work = registry.root / WORK_FOLDER
     folder = (lead.save_dir or work) / lead.name
+    folders = [folder] if alone else [folder / label for label in labels]
+    named = [""] if alone else labels
+    sweeping = not alone and len({each.name for each in options}) == 1
     with ExitStack() as stack:
-        for name in dict.fromkeys(each.name for each in options):
-            stack.enter_context(exclusive(name, {work, folder.parent}))
-        folders = [folder] if alone else [folder / label for label in labels]
-        named = [""] if alone else labels
-        sweeping = not alone and len({each.name for each in options}) == 1
-        runs = [
-            Run(base, registry, each, own, folder if sweeping else own, stream, label)
-            for each, own, label in zip(options, folders, named, strict=True)
-        ]
+        with ranks.lead_first():
+            for name in dict.fromkeys(each.name for each in options) if ranks.leads else ():
+                stack.enter_context(exclusive(name, {work, folder.parent}))
+            runs = [
+                Run(base, registry, each, own, folder if sweeping else own, stream, label, ranks)
+                for each, own, label in zip(options, folders, named, strict=True)
+            ]
+        identities = {run.label: run.identity for run in runs}
+        _check_alike(identities, ranks)
         base.model.pack_for_training()
         if lead.memory_budget is not None:
             give_back_large_tensors()
         batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
         plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget)
-        states = load_states(folder, {run.label: run.identity for run in runs}) if lead.resume else None
-        if states is None:
-            for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - set(folders):  # of another set
-                discard_dataset(stale)
-                discard(stale)
-            for each_folder in {folder, *folders}:
-                discard(each_folder)
+        states = ranks.from_lead(lambda: _states(folder, folders, identities if lead.resume else None))
         if not alone:
             print(f"training {len(runs)} adapters at once; {plan}", file=stream, flush=True)
-        trained = _Trained(runs, folder)
+        trained = _Trained(runs, folder, ranks)
         with resumable(folder):
             with ExitStack() as opened:
                 for i, run in enumerate(runs):
@@ -244,3 +269,27 @@ def _trained(
                         trained.failures[run.label] = TrainingFailed(run.ended, param="learning_rate")
                 trained.loop()
             yield trained
+
+
+def _check_alike(identities: Mapping[str, dict[str, Any]], ranks: Ranks) -> None:
+    lead = ranks.from_lead(lambda: identities)
+    if lead != identities:
+        keys = {key for label, own in identities.items() for key in own if lead.get(label, {}).get(key) != own[key]}
+        what = ", ".join(sorted(keys)) or "set of runs"
+        raise InvalidRequest(
+            f"process {ranks.rank} has another {what} than process 0; give all of them the same files and options"
+        )
+
+
+def _states(
+    folder: Path, folders: Sequence[Path], identities: Mapping[str, dict[str, Any]] | None
+) -> list[RunState] | None:
+    """What to go on from, see `load_states`; if that is nothing, or is not asked for, the folders are cleared."""
+    states = None if identities is None else load_states(folder, identities)
+    if states is None:
+        for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - set(folders):  # of another set
+            discard_dataset(stale)
+            discard(stale)
+        for each in {folder, *folders}:
+            discard(each)
+    return states
