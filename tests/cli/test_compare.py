@@ -30,7 +30,9 @@ def test_two_adapters_side_by_side_as_json(cli, base, adapters_dir, questions):
     losses = found["figures"]["loss on questions.jsonl"]
     assert losses[0] != losses[1]
     assert [each["question"] for each in found["answers"]] == ["Hello!", "你是谁？", "Tell me a story."]
-    swapped = json.loads(cli("adapters", "compare", "poet", "pirate", "--data", questions, "--json").stdout)
+    swapped = json.loads(
+        cli("adapters", "compare", "poet", "pirate", "--data", questions, "--json", "--dtype", "float32").stdout
+    )
     assert swapped["figures"]["loss on questions.jsonl"] == pytest.approx(losses[::-1])
     assert [(a["second"], a["first"]) for a in swapped["answers"]] == [
         (a["first"], a["second"]) for a in found["answers"]
