@@ -6,12 +6,13 @@ Every rank knows the whole window, and takes of it the dialogues, or pairs, that
 to the rank with the fewest rows so far, over all micro-batches of the step and all adapters. A rank may get none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from loraserve.train.batch import PackedBatch, joined
+from loraserve.train.batch import PackedBatch, joined, passes
 from loraserve.train.ranks import Ranks
 
 
@@ -32,6 +33,16 @@ def own_share(windows: Sequence[Sequence[PackedBatch]], ranks: Ranks) -> list[li
     sizes = [group.num_rows for window in groups for batch in window for group in batch]
     owners = iter(divide(sizes, ranks.size))
     return [[joined([g for g in batch if next(owners) == ranks.rank]) for batch in window] for window in groups]
+
+
+def own_passes(
+    windows: Sequence[Sequence[PackedBatch]], max_rows: int | None, ranks: Ranks
+) -> Iterator[tuple[int, list[tuple[int, PackedBatch]]]]:
+    """(place in the windows, parts of what is this rank's) of each pass, see `passes`."""
+    for i, batches in enumerate(zip_longest(*own_share(windows, ranks))):
+        present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
+        for parts in passes(present, max_rows):
+            yield i, parts
 
 
 def sum_gradients(parameters: Sequence[Tensor], figures: Sequence[Tensor], ranks: Ranks) -> None:

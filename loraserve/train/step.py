@@ -20,9 +20,8 @@ Several processes run a share of the rows each (`shares`) and then take the same
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -33,12 +32,12 @@ from loraserve.errors import TrainingFailed
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.dora import WeightOf
 from loraserve.lora.stack import AdapterStack
-from loraserve.train.batch import PackedBatch, RouterLoss, passes, token_losses
+from loraserve.train.batch import PackedBatch, RouterLoss, token_losses
 from loraserve.train.dora import DoraNorms
 from loraserve.train.preference import Preference, preference_loss
 from loraserve.train.ranks import ALONE, Ranks
 from loraserve.train.schedule import learning_rate
-from loraserve.train.shares import own_share, sum_gradients
+from loraserve.train.shares import own_passes, sum_gradients
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ def advance_together(
     work = [_Window.of(optimizer, window) for optimizer, window in zip(optimizers, windows, strict=True)]
     router = RouterLoss(lead.model)
     stopped = stop()
-    for i, parts in _passes(own_share(windows, ranks), lead.max_rows):
+    for i, parts in own_passes(windows, lead.max_rows, ranks):
         if stopped:
             break
         stack = AdapterStack([optimizer.dora.weights() for optimizer in optimizers])
@@ -295,16 +294,6 @@ def advance_together(
     parameters = [parameter for optimizer in optimizers for parameter in optimizer._parameters]
     sum_gradients(parameters, [window.figures for window in work], ranks)
     return [_outcome(optimizer, window) for optimizer, window in zip(optimizers, work, strict=True)]
-
-
-def _passes(
-    windows: Sequence[Sequence[PackedBatch | None]], max_rows: int | None
-) -> Iterator[tuple[int, list[tuple[int, PackedBatch]]]]:
-    """(place in the window, parts) of each pass, see `passes`."""
-    for i, batches in enumerate(zip_longest(*windows)):
-        present = [(slot, batch) for slot, batch in enumerate(batches) if batch is not None]
-        for parts in passes(present, max_rows):
-            yield i, parts
 
 
 def _outcome(optimizer: AdapterOptimizer, window: _Window) -> list[StepRecord] | TrainingFailed:

@@ -11,8 +11,8 @@ same weights as ones that were not; a GPU's attention kernels may add up in anot
 One run keeps its state in `<folder>/<name>`. Several keep theirs in the folder of the first one's name: one checkpoint,
 so that they are all at the same step of the set, and a folder of each one's own for its tokens and metrics.
 
-Several processes (`ranks`) run all of this in step, each on its share of the rows. The leading one alone touches files
-that are not there to be read by all, and its word counts: what it took up, what it published.
+Several processes (`ranks`) go through all of this together, each with its share of the rows. The leading one alone
+locks, writes and publishes; what it found or published holds for all.
 """
 
 import dataclasses

@@ -159,11 +159,11 @@ def torchrun(*words):
 
 
 def test_torchrun_trains_what_one_process_trains_and_one_process_goes_on_with_it(settings, tmp_path):
-    settings += ["--epochs", "6", "--val-split", "0.1", "--accumulation-steps", "2"]
+    settings += ["--epochs", "15", "--val-split", "0.1", "--accumulation-steps", "2"]
     alone, together = Registry(tmp_path / "alone"), Registry(tmp_path / "adapters")
     assert run(*settings, "--adapters-dir", tmp_path / "alone").exit_code == 0
     with torchrun("-m", "loraserve", "train", *settings) as process:
-        wait_for(process, "step 10/24")
+        wait_for(process, "step 10/60")
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -280,16 +280,16 @@ def test_a_set_and_a_sweep_come_out_as_by_one_process(ranks, settings, dialogue_
 )
 def test_one_process_is_stopped_more_go_on_and_one_of_them_is_killed(ranks, settings, tmp_path, kills):
     """From one process to two or three and back to one, with a kill of each rank; nothing is lost on the way."""
-    settings += ["--epochs", "12", "--save-interval", "4", "--val-split", "0.1", "--resume"]
+    settings += ["--epochs", "30", "--save-interval", "4", "--val-split", "0.1", "--resume"]
     alone, together = Registry(tmp_path / "alone"), Registry(tmp_path / "adapters")
     assert run(*settings, "--adapters-dir", tmp_path / "alone").exit_code == 0
     first = ranks(settings, 1)
-    first.wait_for("step 6/48")
+    first.wait_for("step 6/120")
     first.processes[0].terminate()
     assert first.codes() == [130] and "stopped by SIGTERM" in first.errors()[0]
     for victim, size, step in kills:
         killed = ranks(settings, size)
-        killed.wait_for(f"step {step}/48")
+        killed.wait_for(f"step {step}/120")
         killed.processes[victim].kill()
         codes = killed.codes()
         assert codes.pop(victim) == -signal.SIGKILL and set(codes) == {1}
@@ -298,7 +298,7 @@ def test_one_process_is_stopped_more_go_on_and_one_of_them_is_killed(ranks, sett
         assert "another process of this run was killed or cannot be reached" in killed.errors()[0]
         assert together.names() == []
     stopped = ranks(settings, 2)
-    stopped.wait_for("step 38/48")
+    stopped.wait_for("step 38/120")
     stopped.processes[1].terminate()  # the other one knows of no signal
     assert set(stopped.codes()) <= {1, 130}
     assert len(stopped.errors()) == 1 and "stopped by SIGTERM after step" in stopped.errors()[0]
