@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 A random minimind-3 (64M), rank 8 at every linear layer, two steps in a process of its own for each line; `budget` is
-what `loraserve train` does with `--memory-budget`. Plans are made before the base's weights are read; peaks are the process's,
-from its start on, in MiB. The last line of stdout is JSON.
+what `loraserve train` does with `--memory-budget`. Plans are made before the base's weights are read; peaks are those
+of the process since its start, in MiB. The last line of stdout is JSON.
 """
 
 import argparse
@@ -54,10 +54,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch) / "base", minimind3_config()).path
-        load_base(str(base), weights=False)  # for its fingerprint, which reads the whole file and is remembered
-        print(
-            f"{'dialogues':>10} {'dtype':10} {'':14} {'bits':5} {'budget':7} {'planned':>8} {'measured':>9} {'off by':>8}"
-        )
+        load_base(str(base), weights=False)  # for its fingerprint, which takes the whole file and is remembered
+        print(f"{'dialogues':>10} {'dtype':10} {'':20} {'budget':7} {'planned':>8} {'measured':>9} {'off by':>8}")
         for dialogues, dtype, checkpointing, how in CASES:
             for budget in (True, False):
                 case = {"base": str(base), "dialogues": dialogues, "dtype": dtype, "checkpointing": checkpointing}
@@ -65,9 +63,10 @@ def main() -> None:
                 command = [sys.executable, __file__, "--child", json.dumps({**case, "budget": budget})]
                 found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
                 off = found["planned"] / found["measured"] - 1
+                options = ["checkpointing"] * checkpointing + [how] * bool(how)
                 rows.append({**case, "budget": budget, **found, "off": round(off, 3)})
                 print(
-                    f"{dialogues:10} {dtype:10} {'checkpointing' if checkpointing else '':14} {how or '':5} {budget!s:7} "
+                    f"{dialogues:10} {dtype:10} {' '.join(options):20} {budget!s:7} "
                     f"{found['planned']:8.0f} {found['measured']:9.0f} {off:8.0%}",
                     flush=True,
                 )
