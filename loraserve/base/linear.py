@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraserve.base.quantize import Quantized, quantized
 from loraserve.errors import InvalidRequest
 from loraserve.kernels import gemm
 from loraserve.kernels.decoder import CachedRows
@@ -39,7 +40,7 @@ class Attention(Protocol):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: gemm.BothWays) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: gemm.BothWays | Quantized) -> Tensor:
         ctx.weight = weight
         return weight.forward(x)
 
@@ -55,14 +56,28 @@ class Linear(nn.Module):
         super().__init__()
         self.target = target
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self._both_ways: gemm.BothWays | None = None
+        self._both_ways: gemm.BothWays | Quantized | None = None
+        self._quantized: Quantized | None = None
+
+    def packs(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `pack_for_training` will make two copies of the weight, in `dtype` on `device`."""
+        ready = self._both_ways is None and device.type == "cpu" and gemm.fast()
+        return ready and all(gemm.available(dtype, width) for width in self.weight.shape)
 
     def pack_for_training(self) -> None:
         """Let the C kernels multiply where they are the fastest there is. The weight must not change afterwards."""
         weight = self.weight.detach()
-        ready = weight.device.type == "cpu" and gemm.fast()
-        if self._both_ways is None and ready and all(gemm.available(weight.dtype, width) for width in weight.shape):
+        if self.packs(weight.dtype, weight.device):
             self._both_ways = gemm.BothWays(weight)
+
+    def quantize(self, weight: Tensor, how: str, dtype: torch.dtype) -> None:
+        """Keep `weight` (out, in) in fewer bits, and nothing of it in `dtype`; see `quantize.quantized`."""
+        self._both_ways = self._quantized = quantized(weight, how, dtype)
+        self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype, device="meta"), requires_grad=False)
+
+    def weight_used(self) -> Tensor:
+        """The weight (out, in) that products are made with; of a quantised layer a new tensor."""
+        return self.weight.detach() if self._quantized is None else self._quantized.dequantized()
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ, (N, out)."""

@@ -3,6 +3,7 @@
 import re
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,10 @@ from loraserve.base.chat import ChatTemplate
 from loraserve.base.checkpoint import Checkpoint, read_checkpoint
 from loraserve.base.config import ModelConfig
 from loraserve.base.fingerprint import fingerprint
+from loraserve.base.linear import Linear
+from loraserve.base.mapped import page_out
 from loraserve.base.model import Model
+from loraserve.base.quantize import check_quantization, quantized_shapes
 from loraserve.base.resolve import resolve_base, tokenizer_path
 from loraserve.base.tokenizer import Tokenizer
 from loraserve.errors import CheckpointError, InvalidRequest
@@ -39,13 +43,51 @@ class Base:
     int8: bool = False
     """The layers' weights are rounded to 8 bits once the model is packed for serving."""
 
+    def load_weights(self, quantize: str | None = None) -> None:
+        """Read the weights of a base that was loaded without them; otherwise they stay as they are.
+
+        Args:
+            quantize: how the blocks' linear layers are kept in fewer bits, one of `quantize.QUANTIZATIONS`.
+
+        Raises:
+            CheckpointError: see `read_checkpoint`.
+            InvalidRequest: the weights are there, and kept otherwise; or see `quantize.check_quantization`.
+        """
+        if self.has_weights:
+            if quantize != self.model.quantized:
+                raise InvalidRequest(
+                    f"quantize is {quantize}, but the base is in memory with quantize {self.model.quantized}: load it "
+                    "with weights=False",
+                    param="quantize",
+                )
+            return
+        if quantize is not None:
+            check_quantization(quantize)
+        apart(fill, self.model, self._checkpoint, self.device, self.dtype, quantize)
+        del self.__dict__["_checkpoint"]
+
+    @property
+    def has_weights(self) -> bool:
+        return not self.model.lm_head.weight.is_meta
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        """While there are no weights."""
+        return read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
+
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return self.config.linear_shapes()
 
     def weight_of(self, target: str) -> torch.Tensor:
-        """The weight (out, in) of one linear layer, in `dtype`, never rounded to 8 bits."""
-        return cast(torch.Tensor, self.model.get_submodule(target).weight).detach()
+        """The weight (out, in) of one linear layer, in `dtype`; in fewer bits only if it trains so."""
+        if self.has_weights:
+            return cast(Linear, self.model.get_submodule(target)).weight_used()
+        tensors = self._checkpoint.tensors
+        stored = tensors.get(f"{target}.weight", tensors["model.embed_tokens.weight"])  # a tied head's
+        weight = stored.to(self.device, self.dtype, copy=True)
+        page_out(stored)
+        return weight
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -60,6 +102,7 @@ def load_base(
     dtype: str = "auto",
     tokenizer: str | None = None,
     num_attention_heads: int | None = None,
+    weights: bool = True,
 ) -> Base:
     """Load the base that `ref` names.
 
@@ -69,15 +112,18 @@ def load_base(
         dtype: `auto`, `float32`, `bfloat16`, `float16`, or `int8`: 8-bit weights when serving, on a CPU.
         tokenizer: the tokenizer's directory; for a `.pth` by default beside it, then `../model`.
         num_attention_heads: for a MiniMind 2 `.pth`, which does not record it; 8 by default.
+        weights: read them now, and not by `Base.load_weights` later.
 
     Raises:
         ModelNotFound, CheckpointError: see `resolve_base` and `read_checkpoint`.
         InvalidRequest: a device or dtype that does not exist here.
     """
-    return apart(_load, ref, device, dtype, tokenizer, num_attention_heads)
+    return apart(_load, ref, device, dtype, tokenizer, num_attention_heads, weights)
 
 
-def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attention_heads: int | None) -> Base:
+def _load(
+    ref: str, device: str, dtype: str, tokenizer: str | None, num_attention_heads: int | None, weights: bool
+) -> Base:
     path = resolve_base(ref)
     where = pick_device(device)
     int8 = dtype == INT8
@@ -91,7 +137,7 @@ def _load(ref: str, device: str, dtype: str, tokenizer: str | None, num_attentio
             f"the tokenizer in {tokens.path} has {tokens.vocab_size} tokens, the base {checkpoint.config.vocab_size}: "
             "it belongs to another model; give the right one with --tokenizer"
         )
-    model = build_model(checkpoint, where, what)
+    model = build_model(checkpoint, where, what) if weights else empty_model(checkpoint.config)
     template = ChatTemplate(tokens)
     return Base(
         _name_of(ref, path),
@@ -125,11 +171,34 @@ def empty_model(config: ModelConfig) -> Model:
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Model:
     """Put a checkpoint's weights into a Model on `device`, frozen, in `dtype`."""
     model = empty_model(checkpoint.config)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors.items()}
+    fill(model, checkpoint, device, dtype)
+    return model
+
+
+def fill(
+    model: Model, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> None:
+    """Put a checkpoint's weights into an empty model, frozen, in `dtype`.
+
+    Args:
+        quantize: round the blocks' linear layers, one by one, from the checkpoint's own weights; of what has been read
+            of a mapped file nothing then stays in memory.
+    """
+    rounded = {} if quantize is None else quantized_shapes(checkpoint.config)
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        target = name.removesuffix(".weight")
+        if quantize is not None and target in rounded:
+            cast(Linear, model.get_submodule(target)).quantize(tensor.to(device), quantize, dtype)
+        else:
+            tensors[name] = tensor.to(device, dtype, copy=quantize is not None)
+        if quantize is not None:
+            page_out(tensor)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
     model.model.rope.reset(device)
-    return model.requires_grad_(False).eval()
+    model.quantized = quantize
+    model.requires_grad_(False).eval()
 
 
 def pick_device(device: str) -> torch.device:

@@ -185,6 +185,8 @@ class Model(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size)
         self.head = Joint(self.lm_head)
+        self.quantized: str | None = None
+        """How the blocks' linear layers are kept in fewer bits, one of `quantize.QUANTIZATIONS`; for training alone."""
         self.packing: tuple[bool, bool] | None = None
         """Whether it was packed in int8, and repeatable; None before."""
         self.tie()
@@ -203,7 +205,7 @@ class Model(nn.Module):
             int8, repeatable: see `Joint.pack`.
         """
         weight = self.model.embed_tokens.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor) and self.quantized is None
         kernels = self.config.head_dim <= cpu.MAX_HEAD_DIM and dispatch.of(weight.device, weight.dtype) is not None
         self.packing = self.packing or (int8, repeatable)
         for module in self.modules():
@@ -224,6 +226,11 @@ class Model(nn.Module):
             for module in self.modules():
                 if isinstance(module, Linear):
                     module.pack_for_training()
+
+    def bytes_to_pack(self, dtype: torch.dtype, device: torch.device) -> int:
+        """What `pack_for_training` will take on top of weights in `dtype` on `device`."""
+        layers = [module for module in self.modules() if isinstance(module, Linear) and module.packs(dtype, device)]
+        return 2 * dtype.itemsize * sum(layer.weight.numel() for layer in layers) if dtype == torch.bfloat16 else 0
 
     def forward(
         self,

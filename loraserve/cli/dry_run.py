@@ -31,7 +31,7 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
     from loraserve.train.survey import Survey, planned_steps
     from loraserve.train.tokens import refusal
 
-    base = open_base(options)
+    base = open_base(options, weights=False)
     data = DataFile(train_options.data)
     encoder = Encoder(base.tokenizer, base.template, base.config.max_position_embeddings, train_options.max_seq_len)
     found = Survey().read(
@@ -43,7 +43,7 @@ def survey(options: BaseOptions, train_options: "TrainOptions", *, as_json: bool
         try:
             adapter = start(train_options, base, open_registry(options, base))
             batch = found.longest(train_options.batch_size)
-            memory = plan_for(base, [adapter.weights], batch, train_options.memory_budget)
+            memory = plan_for(base, [adapter.weights], batch, train_options.memory_budget, train_options.quantize)
         except InvalidRequest as refused:
             error = error or refused
     facts = {
@@ -149,7 +149,8 @@ def _memory(plan: dict[str, Any] | None) -> list[tuple[str, object]]:
         return []
     passes = f"in passes of up to {plan['max_rows']:,} tokens" if plan["max_rows"] else "in whole batches"
     again = ", with checkpointing" if plan["checkpointing"] else ""
-    return [("memory", f"about {size(plan['peak'])} at the peak, {passes}{again}")]
+    bits = f", the base in {plan['quantize']}" if plan["quantize"] else ""
+    return [("memory", f"about {size(plan['peak'])} at the peak, {passes}{again}{bits}")]
 
 
 def _section(title: str) -> None:

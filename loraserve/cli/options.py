@@ -144,8 +144,8 @@ def base_options(function: Function) -> Function:
     return collect
 
 
-def open_base(options: BaseOptions) -> "Base":
-    """Load the base the options name. Raises what `load_base` raises."""
+def open_base(options: BaseOptions, *, weights: bool = True) -> "Base":
+    """Load the base the options name, with its weights or without. Raises what `load_base` raises."""
     from loraserve.base.load import load_base
 
     return load_base(
@@ -154,6 +154,7 @@ def open_base(options: BaseOptions) -> "Base":
         dtype=options.dtype,
         tokenizer=options.tokenizer,
         num_attention_heads=options.num_attention_heads,
+        weights=weights,
     )
 
 

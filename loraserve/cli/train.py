@@ -183,7 +183,14 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str | None) -
     "--memory-budget",
     metavar="SIZE",
     callback=parse_size,
-    help="Split batches, and run blocks twice instead of keeping them, to stay within e.g. 4GB.  [default: no limit]",
+    help="Split batches, run blocks twice and quantise the base as needed to stay within 4GB or so.  [default: none]",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["auto", "none", "int8", "nf4"]),
+    default="auto",
+    show_default=True,
+    help="Train on a base whose layers are kept in 8 or, as in QLoRA, 4 bits. auto: as --memory-budget needs.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32), default=42, show_default=True)
 @click.option("--log-interval", type=click.IntRange(1), default=10, show_default=True, help="Steps between log lines.")
@@ -261,7 +268,7 @@ def command(
             survey(options, train_options, as_json=as_json)
         return 0
     with ranks.lead_first():
-        base = open_base(options)
+        base = open_base(options, weights=False)
     layers = base.config.num_hidden_layers
     if minimind.num_hidden_layers not in (None, layers):
         raise InvalidRequest(

@@ -1,7 +1,8 @@
 """How much memory a training step needs, and how to split a batch so that it fits.
 
     peak = resident + adapter + activations(rows)
-    resident     what is there before the first step: torch, the base, the adapter; measured, not computed
+    resident     what is there before the first step: torch and the adapter, as measured; the base, and of a quantised
+                 one the largest layer's weight as it is made anew for a product
     adapter      gradients and AdamW's two moments: 12 bytes a parameter
     activations  per row of a pass: what blocks keep for the backward pass, and what one block needs while it runs
 
@@ -14,15 +15,17 @@ and with checkpointing only s·H, while one block at a time is there in full. Do
 before its gain, s·out, and for the adapter g ⊙ B and five numbers an output.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
+from loraserve.base import quantize
+from loraserve.base.checkpoint import expected_tensors
 from loraserve.base.config import ModelConfig
 from loraserve.base.load import Base
-from loraserve.base.model import Model
 from loraserve.errors import InvalidRequest
 from loraserve.lora.adapter import LoraWeight
 from loraserve.train.loss import CHUNK_ROWS
@@ -65,6 +68,18 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """A way to keep the base."""
+
+    resident: int
+    """Bytes that it takes, with all else that is there before the first step."""
+    quantize: str | None = None
+    """One of `quantize.QUANTIZATIONS`."""
+    packed: bool = False
+    """With the layers' weights laid out for the C kernels, in two more copies."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the steps of a run are taken."""
 
@@ -73,10 +88,18 @@ class Plan:
     checkpointing: bool = False
     max_rows: int | None = None
     """Rows of one pass; longer batches are split. None: never."""
+    quantize: str | None = None
+    packed: bool = False
+    """See `Keeping`."""
+    reason: str = ""
+    """Why the base is quantised, if nobody asked for it."""
 
     def __str__(self) -> str:
         split = f"passes of up to {self.max_rows:,} tokens" if self.max_rows else "whole batches"
-        return f"memory: about {size(self.peak)} at the peak; {split}{', checkpointing' if self.checkpointing else ''}"
+        chosen = [split, "checkpointing" * self.checkpointing]
+        if self.quantize:
+            chosen.append(f"the base's layers in {self.quantize}{self.reason and f' ({self.reason})'}")
+        return f"memory: about {size(self.peak)} at the peak; {', '.join(filter(None, chosen))}"
 
 
 def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: torch.dtype) -> Footprint:
@@ -117,63 +140,139 @@ def _in_block(target: str) -> bool:
 
 
 def plan_for(
-    base: Base, adapters: Sequence[Mapping[str, LoraWeight]], batch: Sequence[int], budget: int | None
+    base: Base,
+    adapters: Sequence[Mapping[str, LoraWeight]],
+    batch: Sequence[int],
+    budget: int | None,
+    how: str = "auto",
 ) -> Plan:
     """The plan of a run that is about to start, or of several that share passes; see `plan`.
 
     Args:
+        base: with its weights, which then stay as they are kept, or still without.
         adapters: the weights of each.
         batch: rows of each dialogue that a pass of all may hold.
+        how: the base's layers are kept, `none` or one of `quantize.QUANTIZATIONS`; `auto` quantises them if the budget
+            needs it.
     """
     needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
     widest = max(needs, key=lambda each: each.row(False))
     together = replace(widest, adapter=sum(each.adapter for each in needs), logits=max(each.logits for each in needs))
-    return plan(together, resident_bytes(base.model), batch, budget)
+    allowed: list[str | None] = [None if how == "none" else how]
+    if how == "auto":
+        allowed = [base.model.quantized]
+        if not base.has_weights and budget is not None:
+            allowed += [q for q in quantize.QUANTIZATIONS if quantize.available(q, base.config)]
+    others = [q for q in quantize.QUANTIZATIONS if q not in allowed]
+    return plan(together, keepings(base, allowed), batch, budget, others=keepings(base, others))
 
 
-def plan(needs: Footprint, resident: int, batch: Sequence[int], budget: int | None, *, splitting: bool = True) -> Plan:
+def plan(
+    needs: Footprint,
+    keepings: Iterable[Sequence[Keeping]],
+    batch: Sequence[int],
+    budget: int | None,
+    *,
+    splitting: bool = True,
+    others: Iterable[Sequence[Keeping]] = (),
+) -> Plan:
     """Choose how to take steps over batches of up to `batch`, the longest dialogues that one may hold, within `budget`.
 
-    What costs no time comes first: whole batches, then split ones, then checkpointing, which runs each block twice.
+    What costs no time comes first: whole batches, then split ones, then no copies of the weights, then checkpointing,
+    which runs each block twice; and then the same with weights in fewer bits.
 
     Args:
-        resident: bytes that are there before the first step.
+        keepings: ways to keep the base, the best first, in groups of the same bits.
         batch: rows of each dialogue.
         budget: bytes; None plans whole batches, whatever they need.
         splitting: whether batches may be split.
+        others: ways that are not to be chosen, and named if they would fit where none of `keepings` does.
 
     Raises:
         InvalidRequest: no plan fits; the message has what would.
     """
     rows, longest = sum(batch), max(batch)
-    if budget is None:
-        return Plan(resident + needs.peak(rows, False))
-    room = budget - resident
     least = longest if splitting else rows
-    for checkpointing in (False, True):
-        if needs.peak(rows, checkpointing) <= room:
-            return Plan(resident + needs.peak(rows, checkpointing), checkpointing)
-        max_rows = needs.rows_within(room, checkpointing)
-        if max_rows >= least:
-            return Plan(resident + needs.peak(max_rows, checkpointing), checkpointing, max_rows)
-    needed = resident + needs.peak(least, True)
-    activations = int(least * needs.row(True))
-    shorter = "--max-seq-len below" if splitting else "a smaller --batch-size than"
-    raise InvalidRequest(
-        f"a memory budget of {size(budget)} is too small: the least is {size(needed)}, of which {size(resident)} are "
-        f"there before the first step, {size(needs.adapter)} belong to the adapter's gradients and moments, and "
-        f"{size(activations)} to a pass of {least:,} tokens; give --memory-budget {needed // 2**20 + 1}MB, {shorter} "
-        "that, a lower --rank, or --dtype bfloat16 if this is float32",
+    tried: list[Keeping] = []
+    for same in keepings:
+        how = same[0].quantize
+        if budget is None:
+            return Plan(same[0].resident + needs.peak(rows, False), quantize=how, packed=same[0].packed)
+        reason = f"otherwise the least is {size(_least(needs, tried, least))}" if tried else ""
+        tried += same
+        for checkpointing in (False, True):
+            for keeping in same:
+                room = budget - keeping.resident
+                split = None if needs.peak(rows, checkpointing) <= room else needs.rows_within(room, checkpointing)
+                if split is None or split >= least:
+                    peak = keeping.resident + needs.peak(split or rows, checkpointing)
+                    return Plan(peak, checkpointing, split, how, keeping.packed, reason)
+    assert budget is not None
+    raise _refusal(needs, tried, least, budget, splitting, others)
+
+
+def _least(needs: Footprint, keepings: Iterable[Keeping], rows: int) -> int:
+    """Bytes without which a pass of `rows` rows cannot be, however the base is kept."""
+    return min(keeping.resident for keeping in keepings) + needs.peak(rows, True)
+
+
+def _refusal(
+    needs: Footprint,
+    tried: Sequence[Keeping],
+    least: int,
+    budget: int,
+    splitting: bool,
+    others: Iterable[Sequence[Keeping]],
+) -> InvalidRequest:
+    smallest = min(tried, key=lambda keeping: keeping.resident)
+    needed = _least(needs, tried, least)
+    bits = f" with the base's layers in {smallest.quantize}" if smallest.quantize else ""
+    fitting = [
+        f"--quantize {other.quantize}"
+        + " (pip install 'loraserve[bitsandbytes]')" * (other.quantize == quantize.NF4 and not quantize.installed())
+        for other, *_ in others
+        if _least(needs, [other], least) <= budget
+    ]
+    shorter = "--max-seq-len below that" if splitting else "a smaller --batch-size than that"
+    options = [f"--memory-budget {needed // 2**20 + 1}MB", *fitting, shorter, "a lower --rank"]
+    return InvalidRequest(
+        f"a memory budget of {size(budget)} is too small: the least is {size(needed)}{bits}, of which "
+        f"{size(smallest.resident)} are there before the first step, {size(needs.adapter)} belong to the adapter's "
+        f"gradients and moments, and {size(least * needs.row(True))} to a pass of {least:,} tokens; give "
+        f"{', '.join(options)}, or --dtype bfloat16 if this is float32",
         param="memory_budget",
     )
 
 
-def resident_bytes(model: Model) -> int:
+def keepings(base: Base, hows: Sequence[str | None]) -> Iterator[list[Keeping]]:
+    """The ways to keep a base whose weights may be still to come, for each of `hows`, measured when it is asked for."""
+    for how in hows:
+        if how == quantize.NF4 and quantize.installed():
+            quantize.bitsandbytes()  # a part of what is in use
+        resident = bytes_in_use(base) + (0 if base.has_weights else weight_bytes(base.config, base.dtype, how))
+        if how is not None:
+            shapes = quantize.quantized_shapes(base.config).values()
+            yield [Keeping(resident + base.dtype.itemsize * max(map(math.prod, shapes)), how)]
+            continue
+        copies = base.model.bytes_to_pack(base.dtype, base.device)
+        packed = [Keeping(resident + copies, packed=True)] if copies else []
+        yield [*packed, Keeping(resident)]
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, how: str | None) -> int:
+    """Bytes of a base's weights."""
+    quantized = {} if how is None else quantize.quantized_shapes(config)
+    total = sum(quantize.num_bytes(shape, how, dtype) for shape in quantized.values()) if how is not None else 0
+    plain = (shape for name, shape in expected_tensors(config).items() if name.removesuffix(".weight") not in quantized)
+    return total + dtype.itemsize * sum(map(math.prod, plain))
+
+
+def bytes_in_use(base: Base) -> int:
     """Bytes in use now: of the process on a CPU, of tensors on a GPU."""
-    device = model.lm_head.weight.device
-    for weight in model.parameters():
+    for weight in base.model.parameters():
         weight.sum()  # of a file that is mapped, what nobody has read is not there yet
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    on_gpu = base.device.type == "cuda"
+    return torch.cuda.memory_allocated(base.device) if on_gpu else psutil.Process().memory_info().rss
 
 
 def size(count: float) -> str:

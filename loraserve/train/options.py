@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraserve.base.quantize import QUANTIZATIONS, check_quantization
 from loraserve.errors import InvalidRequest
 from loraserve.lora.config import ALL_LINEAR
 from loraserve.lora.spec import check_name
@@ -16,6 +17,7 @@ from loraserve.train.tokens import ON_BAD_ROW
 OBJECTIVES = ("sft", "dpo")
 REDUCTIONS = ("tokens", "mean")
 PUBLISH = ("better", "always")
+QUANTIZE = ("auto", "none", *QUANTIZATIONS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class TrainOptions:
     """Services that get the losses, of `reporters.REPORTERS`."""
     report_project: str = "loraserve"
     memory_budget: int | None = None
-    """Bytes that the run may use; batches are split, and blocks run twice, as it needs."""
+    """Bytes that the run may use; batches are split, blocks run twice, and the base quantised, as it needs."""
+    quantize: str = "auto"
+    """How the base's layers are kept: `none` as they are, or of `base.quantize.QUANTIZATIONS`; `auto`: as memory_budget
+    needs."""
 
     def check(self) -> None:
         """Raise InvalidRequest for a value that cannot be trained with."""
@@ -108,6 +113,10 @@ class TrainOptions:
             )
         if self.publish not in PUBLISH:
             raise InvalidRequest(f"publish is one of {', '.join(PUBLISH)}", param="publish")
+        if self.quantize not in QUANTIZE:
+            raise InvalidRequest(f"quantize is one of {', '.join(QUANTIZE)}", param="quantize")
+        if self.quantize in QUANTIZATIONS:
+            check_quantization(self.quantize)
         if self.on_bad_row not in ON_BAD_ROW:
             raise InvalidRequest(f"on_bad_row is one of {', '.join(ON_BAD_ROW)}", param="on_bad_row")
 

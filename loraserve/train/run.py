@@ -71,9 +71,18 @@ class Run:
         dpo = options.objective == "dpo"
         self.preference = Preference(options.beta, self.start.reference(base.weight_of)) if dpo else None
         self.best = BestWeights(self.weights)
-        self.recipe = options.recipe() | self.start.recipe | {"dtype": str(base.dtype).removeprefix("torch.")}
-        hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
-        self.identity = self.recipe | hashes | {"base_fingerprint": base.fingerprint}
+        self._hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What decides the adapter; complete once the base has its weights."""
+        weights = {"dtype": str(self.base.dtype).removeprefix("torch."), "quantize": self.base.model.quantized}
+        return self.options.recipe() | self.start.recipe | weights
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By which a checkpoint is known as this run's."""
+        return self.recipe | self._hashes | {"base_fingerprint": self.base.fingerprint}
 
     def begin(self, plan: Plan, state: RunState | None) -> None:
         """Be as after the last step of `state`, or before the first, open what it logs to, and say what it does."""
@@ -128,6 +137,7 @@ class Run:
             f"({100 * parameters / self.base.config.num_parameters:.2f}% of {self.base.name}), "
             f"{len(self.dataset)} {self.options.rows_are}{held_out}, "
             f"{self.total} steps on {self.base.device} in {self.recipe['dtype']}"
+            f"{', the base in ' + self.base.model.quantized if self.base.model.quantized else ''}"
         )
         if not self.label:
             self.progress.note(str(self.plan))

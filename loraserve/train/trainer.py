@@ -46,6 +46,7 @@ def train(base: Base, registry: Registry, options: TrainOptions, stream: TextIO,
     """Train an adapter and publish it under `options.name`.
 
     Args:
+        base: with or without its weights: those still to come are read as memory asks for, see `plan_for`.
         stream: gets a progress bar if it is a terminal, log lines otherwise.
         ranks: the processes that train it together, each of which calls this with the same options.
 
@@ -72,8 +73,8 @@ def train_all(
     """Train several adapters at once, each as it would be alone, and publish each under its name.
 
     Args:
-        options: of each run. What is not one adapter's own (memory_budget, save_interval, save_dir, resume) is the
-            first one's.
+        options: of each run. What is not one adapter's own (memory_budget, quantize, save_interval, save_dir, resume)
+            is the first one's.
 
     Returns:
         of each what was published, or why it was not; None if it was published before the set was resumed. Unless all
@@ -232,7 +233,10 @@ def _trained(
     for each in options:
         each.check()
     if base.int8:
-        raise InvalidRequest("dtype int8 is for serving; train in float32, bfloat16 or float16", param="dtype")
+        raise InvalidRequest(
+            "dtype int8 is for serving; train in float32, bfloat16 or float16, with --quantize int8 on 8-bit weights",
+            param="dtype",
+        )
     alone, lead = len(options) == 1, options[0]
     if lead.report_to and not alone:
         raise InvalidRequest("--report-to takes one run; train them one by one, or leave it out", param="report_to")
@@ -249,13 +253,15 @@ def _trained(
                 Run(base, registry, each, own, folder if sweeping else own, stream, label, ranks)
                 for each, own, label in zip(options, folders, named, strict=True)
             ]
-        identities = {run.label: run.identity for run in runs}
-        _check_alike(identities, ranks)
-        base.model.pack_for_training()
         if lead.memory_budget is not None:
             give_back_large_tensors()
         batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
-        plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget)
+        plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget, lead.quantize)
+        base.load_weights(plan.quantize)
+        if plan.packed:
+            base.model.pack_for_training()
+        identities = {run.label: run.identity for run in runs}
+        _check_alike(identities, ranks)
         states = ranks.from_lead(lambda: _states(folder, folders, identities if lead.resume else None))
         if not alone:
             print(f"training {len(runs)} adapters at once; {plan}", file=stream, flush=True)

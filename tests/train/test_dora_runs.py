@@ -176,7 +176,7 @@ def test_a_set_of_both_kinds_comes_out_as_alone(base, registry, options, tmp_pat
         train(base, alone, one, io.StringIO())
     log = io.StringIO()
     if budget:
-        monkeypatch.setattr("loraserve.train.memory.resident_bytes", lambda model: 0)
+        monkeypatch.setattr("loraserve.train.memory.bytes_in_use", lambda base: 0)
         each = [replace(one, memory_budget=8_000_000) for one in each]
     train_all(base, registry, each, log)
     assert ("passes of up to" in log.getvalue()) == bool(budget)

@@ -59,7 +59,7 @@ def assert_alike(trained, alone, name):
 def test_each_adapter_is_the_one_that_is_trained_alone(base, registry, each, tmp_path, budget, monkeypatch):
     """Catches rows, rates, losses, epochs or validation of a neighbour, and a run that stays when it is done."""
     if budget:
-        monkeypatch.setattr("loraserve.train.memory.resident_bytes", lambda model: 0)
+        monkeypatch.setattr("loraserve.train.memory.bytes_in_use", lambda base: 0)
         each = [replace(one, memory_budget=6_000_000) for one in each]
     alone = Registry(tmp_path / "alone", base.shapes, base.fingerprint)
     for one in each:

@@ -7,7 +7,7 @@ from loraserve.errors import InvalidRequest
 from loraserve.lora.stack import AdapterStack
 from loraserve.train.batch import pack, summed_loss
 from loraserve.train.dora import DoraNorms
-from loraserve.train.memory import Footprint, footprint, plan
+from loraserve.train.memory import Footprint, Keeping, footprint, plan
 from tests.train.test_dora import with_magnitudes
 from tests.train.test_loss import adapter
 from tests.train.test_step import optimizer, random_samples, trainable, values
@@ -61,19 +61,19 @@ NEEDS = Footprint(adapter=1000, block=40, kept_input=10, num_blocks=5, working=2
 
 def test_a_plan_takes_first_what_costs_no_time():
     batch, resident = [50, 100], 10_000
-    whole = plan(NEEDS, resident, batch, None)
+    whole = plan(NEEDS, [[Keeping(resident)]], batch, None)
     assert (whole.peak, whole.checkpointing, whole.max_rows) == (11_500 + 150 * 225, False, None)
-    assert plan(NEEDS, resident, batch, whole.peak) == whole
-    split = plan(NEEDS, resident, batch, whole.peak - 1)
+    assert plan(NEEDS, [[Keeping(resident)]], batch, whole.peak) == whole
+    split = plan(NEEDS, [[Keeping(resident)]], batch, whole.peak - 1)
     assert (split.checkpointing, split.max_rows) == (False, 149) and split.peak < whole.peak
-    again = plan(NEEDS, resident, batch, 11_500 + 100 * 115)
+    again = plan(NEEDS, [[Keeping(resident)]], batch, 11_500 + 100 * 115)
     assert (again.checkpointing, again.max_rows, again.peak) == (True, 100, 11_500 + 100 * 115)
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would():
     needs = Footprint(100 << 20, 40 << 10, 10 << 10, 5, 0, 0, 0)
     with pytest.raises(InvalidRequest, match=r"the least is .* give --memory-budget (\d+)MB") as caught:
-        plan(needs, 500 << 20, [64, 1000], 600 << 20)
+        plan(needs, [[Keeping(500 << 20)]], [64, 1000], 600 << 20)
     assert caught.value.param == "memory_budget"
     enough = int(str(caught.value).partition("--memory-budget ")[2].partition("MB")[0])
-    assert plan(needs, 500 << 20, [64, 1000], enough << 20).max_rows >= 1000
+    assert plan(needs, [[Keeping(500 << 20)]], [64, 1000], enough << 20).max_rows >= 1000

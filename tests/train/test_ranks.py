@@ -52,7 +52,7 @@ def rank(line, folder, environment, limit, fails_after):
     _Trained.loop = looped
     if fails_after is not None:
         Run.window = broken
-    memory.resident_bytes = lambda model: 0  # which differs from one machine to the next
+    memory.bytes_in_use = lambda base: 0  # which differs from one machine to the next
     with files_up_to(limit) if limit else contextlib.nullcontext():
         main(["train", *map(str, line)])
 
