@@ -68,6 +68,20 @@ def test_crash_of_a_step_fails_every_waiter_and_ends_readiness(base, registry, m
         service.generate([5], (), ENDLESS)
 
 
+def test_a_reader_is_woken_for_the_first_and_the_last_token_and_as_often_as_is_left_between(
+    service, monkeypatch
+) -> None:
+    def pieces(wake_ups: float) -> list[list[int]]:
+        monkeypatch.setattr("loraserve.engine.worker.WAKE_UPS", wake_ups)
+        return [piece.token_ids for piece in service.generate([5], (), ENDLESS)]
+
+    first, *rest = pieces(0.001)
+    assert len(first) == 1 and [len(piece) for piece in rest] == [149], "one wait of 1000 s, ended by the last token"
+    often = pieces(1e9)
+    assert len(often) > 10
+    assert sum(often, []) == [*first, *rest[0]]
+
+
 def test_stopping_fails_what_is_in_flight(base, registry) -> None:
     service = Service(base, registry, max_model_len=2048)
     service.start()
