@@ -120,8 +120,8 @@ class Joint(nn.Module):
     def pack(self, int8: bool = False, repeatable: bool = False, keep: bool = True) -> None:
         """Lay the weights together, for serving. They must not change afterwards.
 
-        On a CPU in bfloat16, and for the options below, that is a copy; elsewhere the layers' weights become views of
-        the joint one.
+        Where the C kernels multiply that is a copy, as it is on other CPUs in bfloat16; elsewhere the layers' weights
+        become views of the joint one.
 
         Args:
             int8: round weights and activations to 8 bits, see `kernels.gemm`.

@@ -1,6 +1,5 @@
 """loraserve's engine as a contestant: in process, no HTTP."""
 
-import gc
 import threading
 import time
 from pathlib import Path
@@ -33,7 +32,6 @@ def main() -> None:
         deterministic=args.deterministic,
     )
     service.start()
-    gc.freeze()  # as `loraserve serve` does
 
     def submit(request: Request) -> Generation:
         params = SamplingParams(max_tokens=request.new, temperature=0.0, ignore_eos=True)

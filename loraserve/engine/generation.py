@@ -26,6 +26,7 @@ class Generation:
         self._outbox = outbox
         self._text = text
         self._done = False
+        self._failure: LoraserveError | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -47,6 +48,9 @@ class Generation:
             StopIteration: the answer is complete or was cancelled.
             LoraserveError: the request or the engine failed.
         """
+        if self._failure is not None:
+            self._done, failure, self._failure = True, self._failure, None
+            raise failure
         if self._done:
             raise StopIteration
         try:
@@ -55,13 +59,10 @@ class Generation:
             return None
         while not self._outbox.empty():
             events.append(self._outbox.get())
-        failure = next((event for event in events if isinstance(event, LoraserveError)), None)
-        if failure is not None:
-            self._done = True
-            raise failure
+        self._failure = next((event for event in events if isinstance(event, LoraserveError)), None)
         tokens = [event for event in events if isinstance(event, Token) and event.finish_reason != "abort"]
-        if self._done and not tokens:
-            raise StopIteration
+        if not tokens and (self._done or self._failure is not None):
+            return self.next(timeout)  # raises
         piece = self._text.push(tokens)
         self.completion_tokens += len(piece.token_ids)
         if piece.finish_reason:

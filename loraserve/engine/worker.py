@@ -40,6 +40,10 @@ class _Outbox:
         for event in events:
             self.queue.put(event)
 
+    def fail(self, error: LoraserveError) -> None:
+        """Deliver what is held, and the error that ends it."""
+        self.deliver([*self.held, error])
+
 
 class _Call:
     """A function to run between two steps, and the promise of its result."""
@@ -140,7 +144,7 @@ class Worker:
     def fail(self, sequence: Sequence, error: LoraserveError) -> None:
         """End a sequence by an error of its own. Harmless if it has ended."""
         if (outbox := self._end(sequence)) is not None:
-            outbox.deliver([error])
+            outbox.fail(error)
 
     def post(self, function: Callable[[], None]) -> None:
         """Let the engine's thread run `function` between two steps, and do not wait for it. Must not raise."""
@@ -205,7 +209,6 @@ class Worker:
         """Who is to be woken, and for what. Who reads that a request has ended finds its adapter free."""
         due = []
         with self._lock:
-            now, pause = time.monotonic(), len(self._outboxes) / WAKE_UPS
             ended = set()
             touched: dict[Sequence, _Outbox] = {}
             for sequence, event in events:
@@ -214,6 +217,7 @@ class Worker:
                     outbox.held.append(event)
                     if isinstance(event, LoraserveError) or event.finish_reason:
                         ended.add(sequence)
+            now, pause = time.monotonic(), len(touched) / WAKE_UPS
             for sequence, outbox in touched.items():
                 if sequence in ended:
                     del self._outboxes[sequence]
@@ -227,7 +231,7 @@ class Worker:
             self._failure = reason
             waiting, self._outboxes = self._outboxes, {}
         for sequence, outbox in waiting.items():
-            outbox.deliver([NotReady(reason)])
+            outbox.fail(NotReady(reason))
             _let_go(sequence)
         while not self._inbox.empty():  # calls that came too late must not wait for ever
             command = self._inbox.get()

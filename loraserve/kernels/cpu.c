@@ -17,26 +17,6 @@
 
 #define AHEAD 16 /* tokens */
 
-/* A dot product in pieces: `meet` adds to the sums what a piece of one makes with a piece of the other. */
-#define PIECES_f32(lanes) (lanes)
-INLINE vector piece_f32(const float *x, int64_t j, int64_t lanes) { return load_f32(x + j * WIDTH); }
-INLINE vector meet_f32(vector sum, vector x, vector y) { return add_product(sum, x, y); }
-#ifdef __AVX512BF16__ /* pairs of numbers */
-#define PIECES_bf16(lanes) (((lanes) + 1) / 2)
-INLINE vector piece_bf16(const uint16_t *x, int64_t j, int64_t lanes) {
-    x += j * 2 * WIDTH;
-    if (2 * j + 1 < lanes) return (vector)_mm512_loadu_si512(x);
-    return (vector)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)x));
-}
-INLINE vector meet_bf16(vector sum, vector x, vector y) {
-    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
-#else
-#define PIECES_bf16(lanes) (lanes)
-INLINE vector piece_bf16(const uint16_t *x, int64_t j, int64_t lanes) { return load_bf16(x + j * WIDTH); }
-INLINE vector meet_bf16(vector sum, vector x, vector y) { return add_product(sum, x, y); }
-#endif
-
 #define T float
 #define SUFFIX f32
 #include "cpu.c"
@@ -108,10 +88,10 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
 /* `queries` of one key head (queries, d) over its past (length, d), d of `lanes` vectors; out (queries, d). */
 INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t length, const int64_t queries,
                        const int64_t lanes, float scale, T *out, float *scores, int64_t longest) {
-    const int64_t d = lanes * WIDTH, pieces = FN(PIECES)(lanes);
+    const int64_t d = lanes * WIDTH, pieces = (d + FN(SPAN) - 1) / FN(SPAN);
     vector query[QUERIES][MAX_HEAD_DIM / WIDTH], sum[QUERIES][MAX_HEAD_DIM / WIDTH];
     for (int64_t g = 0; g < queries; g++)
-        for (int64_t j = 0; j < pieces; j++) query[g][j] = FN(piece)(q + g * d, j, lanes);
+        for (int64_t j = 0; j < pieces; j++) query[g][j] = FN(PIECE)(q + g * d, j, d);
     for (int64_t t = 0; t < length; t++) {
         vector dot[QUERIES] = {{0}};
         for (int64_t j = 0; j < d * (int64_t)sizeof(T); j += 64) { /* what the next steps read comes from afar */
@@ -119,7 +99,7 @@ INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t len
             __builtin_prefetch((const char *)(past_v + t * d) + j);
         }
         for (int64_t j = 0; j < pieces; j++) {
-            vector key = FN(piece)(past_k + t * d, j, lanes);
+            vector key = FN(PIECE)(past_k + t * d, j, d);
             for (int64_t g = 0; g < queries; g++) dot[g] = FN(meet)(dot[g], query[g][j], key);
         }
         for (int64_t g = 0; g < queries; g++) scores[g * longest + t] = sum_of(dot[g]) * scale;

@@ -27,19 +27,25 @@
 
 #else
 
+#define MEET(m, n, load)                                                                                               \
+    {                                                                                                                  \
+        vector rows[n];                                                                                                \
+        UNROLL for (int j = 0; j < n; j++) {                                                                           \
+            rows[j] = load(a + j * in + at);                                                                           \
+            __builtin_prefetch(a + (j + n) * in + at); /* the rows that come next */                                   \
+        }                                                                                                              \
+        UNROLL for (int i = 0; i < m; i++) {                                                                           \
+            vector input = load(x[i] + at);                                                                            \
+            UNROLL for (int j = 0; j < n; j++) parts[i][j] = FN(meet)(parts[i][j], input, rows[j]);                    \
+        }                                                                                                              \
+    }
 /* sums[i * n + j] = x[i] · a[j], for m rows of x and n rows of a (n, in). Sums of 16 stay in registers to the end. */
 #define DOT(m, name, n)                                                                                                \
     static void FN(dot_##m##_##name)(const T *const *x, const T *a, int64_t in, float *sums) {                         \
         vector parts[m][n] = {{{0}}};                                                                                  \
         int64_t at = 0;                                                                                                \
-        for (; at + WIDTH <= in; at += WIDTH) {                                                                        \
-            vector rows[n];                                                                                            \
-            UNROLL for (int j = 0; j < n; j++) rows[j] = FN(load)(a + j * in + at);                                    \
-            UNROLL for (int i = 0; i < m; i++) {                                                                       \
-                vector input = FN(load)(x[i] + at);                                                                    \
-                UNROLL for (int j = 0; j < n; j++) parts[i][j] = add_product(parts[i][j], input, rows[j]);             \
-            }                                                                                                          \
-        }                                                                                                              \
+        for (; at + FN(SPAN) <= in; at += FN(SPAN)) MEET(m, n, FN(span))                                               \
+        for (; at + WIDTH <= in; at += WIDTH) MEET(m, n, FN(half))                                                     \
         UNROLL for (int i = 0; i < m; i++)                                                                             \
             UNROLL for (int j = 0; j < n; j++) {                                                                       \
                 float sum = sum_of(parts[i][j]);                                                                       \
@@ -54,6 +60,7 @@ DOT(4, one, 1)
 DOT(2, one, 1)
 DOT(1, one, 1)
 #undef DOT
+#undef MEET
 
 /* y[i] += h[i] Bᵀ, for m rows of n vectors; a row of Bᵀ has `width` numbers, h[i] has r. */
 #define EXPAND(m, name, n)                                                                                             \
@@ -63,7 +70,10 @@ DOT(1, one, 1)
             UNROLL for (int j = 0; j < n; j++) sums[i][j] = FN(load)(y[i] + j * WIDTH);                                \
         for (int64_t k = 0; k < r; k++) {                                                                              \
             vector columns[n];                                                                                         \
-            UNROLL for (int j = 0; j < n; j++) columns[j] = FN(load)(b + k * width + j * WIDTH);                       \
+            UNROLL for (int j = 0; j < n; j++) {                                                                       \
+                columns[j] = FN(load)(b + k * width + j * WIDTH);                                                      \
+                __builtin_prefetch(b + k * width + (j + 2 * n) * WIDTH); /* the columns after the next */              \
+            }                                                                                                          \
             UNROLL for (int i = 0; i < m; i++)                                                                         \
                 UNROLL for (int j = 0; j < n; j++)                                                                     \
                     sums[i][j] = add_product(sums[i][j], h[i][k] - (vector){0}, columns[j]);                           \

@@ -2,12 +2,12 @@
    instruction. gemm.c's layout of W is what they want: 16 steps of a vector of outputs are one tile.
 
    A row's sums do not depend on how many rows are multiplied at once, so every number of rows, one included, takes
-   these. In bfloat16 the sums of even and of odd inputs of each tile are kept apart. */
+   these. They take words that are x itself, as gemm.c has them with AVX512-BF16 and VNNI. In bfloat16 the sums of even and of odd inputs of each tile are kept apart. */
 
 #pragma once
 #include "types.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include <sys/syscall.h>
 #include <unistd.h>
 

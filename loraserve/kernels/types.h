@@ -51,9 +51,11 @@ typedef float vector __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vector_u32 __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t vector_u16 __attribute__((vector_size(2 * WIDTH)));
 
-/* 16 bits of each to 32 and back; gcc 12 needs five instructions where AVX2 has one and two. */
+/* 16 bits of each to 32 and back; gcc 12 needs five instructions where the processor has one or two. */
 static inline vector_u32 widened(vector_u16 x) {
-#if defined(__AVX2__) && WIDTH == 8
+#if defined(__AVX512F__)
+    return (vector_u32)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
     return (vector_u32)_mm256_cvtepu16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, vector_u32);
@@ -61,7 +63,9 @@ static inline vector_u32 widened(vector_u16 x) {
 }
 
 static inline vector_u16 narrowed(vector_u32 x) {
-#if defined(__AVX2__) && WIDTH == 8
+#if defined(__AVX512F__)
+    return (vector_u16)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
     return (vector_u16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 #else
     return __builtin_convertvector(x, vector_u16);
@@ -110,6 +114,30 @@ INLINE vector add_product(vector sum, vector x, vector w) {
     return sum + x * w;
 #endif
 }
+
+/* A dot product in pieces of SPAN numbers, the last one perhaps of WIDTH: `meet` adds what two pieces make to the sums. */
+#define SPAN_f32 WIDTH
+INLINE vector span_f32(const float *x) { return load_f32(x); }
+INLINE vector half_f32(const float *x) { return load_f32(x); }
+INLINE vector meet_f32(vector sum, vector x, vector y) { return add_product(sum, x, y); }
+#ifdef __AVX512BF16__ /* pairs of numbers */
+#define SPAN_bf16 (2 * WIDTH)
+INLINE vector span_bf16(const uint16_t *x) { return (vector)_mm512_loadu_si512(x); }
+INLINE vector half_bf16(const uint16_t *x) {
+    return (vector)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)x));
+}
+INLINE vector meet_bf16(vector sum, vector x, vector y) {
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#else
+#define SPAN_bf16 WIDTH
+INLINE vector span_bf16(const uint16_t *x) { return load_bf16(x); }
+INLINE vector half_bf16(const uint16_t *x) { return load_bf16(x); }
+INLINE vector meet_bf16(vector sum, vector x, vector y) { return add_product(sum, x, y); }
+#endif
+#define PIECE_f32(x, j, count) span_f32((x) + (j) * SPAN_f32)
+#define PIECE_bf16(x, j, count)                                                                                        \
+    (((j) + 1) * SPAN_bf16 <= (count) ? span_bf16((x) + (j) * SPAN_bf16) : half_bf16((x) + (j) * SPAN_bf16))
 
 static inline float sum_of(vector x) {
 #ifdef __AVX512F__

@@ -46,20 +46,33 @@ def _delta(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tens
 
 
 class _Delta(torch.autograd.Function):
-    """`_delta` in training. It keeps x as it is, which layers of one input share, and no copies in A's dtype."""
+    """`_delta` in training. It keeps x as it is, which layers of one input share.
+
+    The products take A and B in bfloat16, as serving does, where x is that and the processor multiplies it. Parameters
+    and their gradients stay as they are.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-        delta, h = _delta(x, A, B, scale)
+        dtype = ctx.dtype = x.dtype if _multiplies(x) else A.dtype
+        delta, h = _delta(x, A.to(dtype), B.to(dtype), scale)
         ctx.save_for_backward(x, A, B, scale, h)
         return delta
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, A, B, scale, h = ctx.saved_tensors
-        by_h = ((gradient @ B.T).float() * scale).to(A.dtype)  # (n, R), before scaling
-        by_x = (by_h @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return by_x, by_h.T @ x.to(A.dtype), h.to(B.dtype).T @ gradient, None
+        by_h = ((gradient @ B.to(ctx.dtype).T).float() * scale).to(ctx.dtype)  # (n, R), before scaling
+        by_x = (by_h @ A.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_A, by_B = by_h.T @ x.to(ctx.dtype), h.to(ctx.dtype).T @ gradient
+        return by_x, by_A.to(A.dtype), by_B.to(B.dtype), None
+
+
+def _multiplies(x: Tensor) -> bool:
+    """Whether x is bfloat16 and there are instructions that multiply it."""
+    has = torch.cpu.get_capabilities()
+    native = x.device.type != "cpu" or has.get("avx512_bf16") or has.get("amx_bf16")
+    return x.dtype == torch.bfloat16 and bool(native)
 
 
 @dataclass

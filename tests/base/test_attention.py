@@ -43,3 +43,38 @@ def test_gradients_reach_every_token_of_their_own_sequence_and_no_other(tiny_bas
     attention.attend(0, q, k, v)[2].sum().backward()  # the last row of the first sequence
     assert v.grad is not None
     assert v.grad.abs().sum(dim=(1, 2)).gt(0).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "length", "expected"),
+    [(True, 200, torch.bfloat16), (True, 20, torch.float32), (False, 200, torch.float32)],
+)
+def test_bfloat16_is_attended_to_in_the_width_that_is_faster_and_with_the_same_gradients(
+    tiles: bool, length: int, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[torch.dtype] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        widths.append(q.dtype)
+        return attend(q, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    lengths = [length, 7]
+    leaves = [
+        torch.randn(sum(lengths), heads, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 3)
+    ]
+    leaves[2] = leaves[2][:, :2]
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        out = PackedAttention(lengths).attend(0, q, k, v)
+        assert out.dtype == dtype
+        (out.float() * torch.arange(16)).sum().backward()
+        return [out.detach().float(), *(x.grad.float() for x in (q, k, v) if x.grad is not None)]
+
+    rough = gradients(torch.bfloat16)
+    assert set(widths) == {expected}
+    for got, wanted in zip(rough, gradients(torch.float32), strict=True):
+        assert 1e-5 < (got - wanted).norm() / wanted.norm() < 0.02

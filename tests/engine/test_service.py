@@ -79,7 +79,21 @@ def test_a_reader_is_woken_for_the_first_and_the_last_token_and_as_often_as_is_l
     assert len(first) == 1 and [len(piece) for piece in rest] == [149], "one wait of 1000 s, ended by the last token"
     often = pieces(1e9)
     assert len(often) > 10
-    assert sum(often, []) == [*first, *rest[0]]
+    assert [token for piece in often for token in piece] == [*first, *rest[0]]
+
+
+def test_what_a_reader_was_not_woken_for_comes_before_the_error(base, registry, monkeypatch) -> None:
+    monkeypatch.setattr("loraserve.engine.worker.WAKE_UPS", 0.001)
+    service = Service(base, registry, max_model_len=2048)
+    service.start()
+    generation = service.generate([5], (), SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True))
+    assert len(next(generation).token_ids) == 1
+    while service.stats()["generated_tokens_total"] < 10:
+        time.sleep(0.001)
+    service.stop()
+    assert len(next(generation).token_ids) >= 9
+    with pytest.raises(NotReady, match="stopped"):
+        next(generation)
 
 
 def test_stopping_fails_what_is_in_flight(base, registry) -> None:
