@@ -21,7 +21,7 @@ from loraserve.base.config import ModelConfig
 from loraserve.base.linear import Attention, Joint, Linear
 from loraserve.base.recompute import recompute
 from loraserve.base.rope import Rope, rotate
-from loraserve.kernels import cpu, dispatch
+from loraserve.kernels import cpu, dispatch, train
 from loraserve.lora.batch import LoraBatch
 
 
@@ -38,7 +38,11 @@ class RMSNorm(nn.Module):
             self.weight_in_float32 = self.weight.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._normed(x) if self.weight.requires_grad else recompute(self._normed, x)
+        if self.weight.requires_grad:
+            return self._normed(x)
+        if train.available(x):
+            return train.rms_norm(x, self.weight.float(), self.eps, not self.in_float32)
+        return recompute(self._normed, x)
 
     def _normed(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -85,7 +89,8 @@ class SwiGLU(nn.Module):
         if self.fused and not torch.is_grad_enabled():
             return fused.swiglu(self, x, lora)
         gate, up = self.gate_up(x, lora)
-        return self.down(recompute(_gated, gate, up), lora)[0]
+        gated = train.silu_and_multiply(gate, up) if train.available(gate) else recompute(_gated, gate, up)
+        return self.down(gated, lora)[0]
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

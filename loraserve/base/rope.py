@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraserve.base.config import ModelConfig
+from loraserve.kernels import train
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
@@ -81,6 +82,8 @@ class Rope(torch.nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads x (N, H, D) by cos and sin (N, 1, D); computed in float32, returned in x's dtype."""
+    if train.available(x):
+        return train.rotate(x, cos, sin)
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return (x * cos + turned * sin).to(x.dtype)

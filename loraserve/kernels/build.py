@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "decoder.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "gemm.c", "lora.c", "decoder.c", "train.c")]
 HEADERS = [Path(__file__).with_name(name) for name in ("tiles.h", "types.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 NATIVE = (
@@ -37,6 +37,11 @@ SIGNATURES = {
     "multiply": "pppiiip",
     "multiply_int8": "pppppiiip",
     "decode": "pppppipiff",
+    "norm": "pppiifi",
+    "norm_backward": "ppppiif",
+    "gate": "pppi",
+    "gate_backward": "pppppi",
+    "rotate": "pppipiiif",
 }
 """Of each function that is called: pointer, int64 or float per argument."""
 

@@ -39,33 +39,42 @@ class Work(Protocol):
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None: ...
 
 
-def _delta(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(x Aᵀ · scale) B, and what is in the brackets, (n, R) float32."""
-    h = (x.to(A.dtype) @ A.T).float() * scale
-    return h.to(B.dtype) @ B, h
+def _projected(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
+    """x Aᵀ · scale, (n, R) float32."""
+    return (x.to(A.dtype) @ A.T).float() * scale
+
+
+def _delta(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    """(x Aᵀ · scale) B"""
+    return _projected(x, A, scale).to(B.dtype) @ B
 
 
 class _Delta(torch.autograd.Function):
-    """`_delta` in training. It keeps x as it is, which layers of one input share.
+    """`_delta` in training, added to y in place unless that is None. It keeps x as it is, as its neighbours do.
 
     The products take A and B in bfloat16, as serving does, where x is that and the processor multiplies it. Parameters
     and their gradients stay as they are.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
         dtype = ctx.dtype = x.dtype if _multiplies(x) else A.dtype
-        delta, h = _delta(x, A.to(dtype), B.to(dtype), scale)
+        h = _projected(x, A.to(dtype), scale)
         ctx.save_for_backward(x, A, B, scale, h)
-        return delta
+        ctx.in_place = y is not None
+        if y is None:
+            return h.to(dtype) @ B.to(dtype)
+        ctx.mark_dirty(y)
+        return y.addmm_(h.to(dtype), B.to(dtype)) if y.dtype == dtype else y.add_(h @ B)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, A, B, scale, h = ctx.saved_tensors
-        by_h = ((gradient @ B.to(ctx.dtype).T).float() * scale).to(ctx.dtype)  # (n, R), before scaling
-        by_x = (by_h @ A.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        by_A, by_B = by_h.T @ x.to(ctx.dtype), h.to(ctx.dtype).T @ gradient
-        return by_x, by_A.to(A.dtype), by_B.to(B.dtype), None
+        g = gradient.to(ctx.dtype)
+        by_h = ((g @ B.to(ctx.dtype).T).float() * scale).to(ctx.dtype)  # (n, R), before scaling
+        by_x = (by_h @ A.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        by_A, by_B = by_h.T @ x.to(ctx.dtype), h.to(ctx.dtype).T @ g
+        return gradient if ctx.in_place else None, by_x, by_A.to(A.dtype), by_B.to(B.dtype), None
 
 
 def _multiplies(x: Tensor) -> bool:
@@ -90,7 +99,10 @@ class _Alone:
         A, B = site.A[0], site.B[0]  # (R, in), (R, Σout)
         x = x if self.rows is None else x[self.rows]
         scale = site.scaling[0] if self.weights is None else self.weights * site.scaling[0]  # (R,) or (n, R)
-        delta = _Delta.apply(x, A, B, scale) if A.requires_grad else _delta(x, A, B, scale)[0]
+        if A.requires_grad and self.rows is None:
+            _Delta.apply(y, x, A, B, scale)
+            return
+        delta = _Delta.apply(None, x, A, B, scale) if A.requires_grad else _delta(x, A, B, scale)
         if self.rows is None:
             y += delta
         else:
