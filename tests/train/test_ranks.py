@@ -18,6 +18,7 @@ import torch.distributed as dist
 from loraserve.cli.main import main
 from loraserve.registry import Registry
 from loraserve.train import memory
+from loraserve.train.environment import NEEDED, VARIABLES
 from loraserve.train.run import Run
 from loraserve.train.trainer import _Trained
 from tests.train.conftest import PAIRS, write_base
@@ -361,3 +362,29 @@ def test_a_dry_run_is_printed_once(ranks, arguments, tmp_path):  # noqa: F811
     assert together.codes() == [0, 0]
     shown, silent = together.logs()
     assert shown.count("14 accepted") == 1 and silent == ""
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"RANK": "0"}, "the environment has RANK and not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "the environment has RANK and not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE and not RANK, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "not MASTER_ADDR: start several processes with torchrun",
+        ),
+        (dict.fromkeys(NEEDED, "2"), "RANK=2 and WORLD_SIZE=2 are no process of a run"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": "127.0.0.1"}, None),
+    ],
+)
+def test_an_environment_that_says_half_of_it_is_refused(arguments, monkeypatch, environment, text):  # noqa: F811
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for line in ((*arguments, "--dry-run"), (*arguments, "--epochs", "many")) if text else ((*arguments, "--dry-run"),):
+        result = run(*line)
+        assert result.exit_code == (2 if text else 0)
+        assert not text or (text in result.stderr and len(result.stderr.splitlines()) == 1)
+
+
