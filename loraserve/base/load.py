@@ -3,7 +3,6 @@
 import re
 import threading
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -63,31 +62,24 @@ class Base:
             return
         if quantize is not None:
             check_quantization(quantize)
-        apart(fill, self.model, self._checkpoint, self.device, self.dtype, quantize)
-        del self.__dict__["_checkpoint"]
+        apart(self._fill, quantize)
+
+    def _fill(self, quantize: str | None) -> None:
+        checkpoint = read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
+        fill(self.model, checkpoint, self.device, self.dtype, quantize)
 
     @property
     def has_weights(self) -> bool:
         return not self.model.lm_head.weight.is_meta
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        """While there are no weights."""
-        return read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return self.config.linear_shapes()
 
     def weight_of(self, target: str) -> torch.Tensor:
-        """The weight (out, in) of one linear layer, in `dtype`; in fewer bits only if it trains so."""
-        if self.has_weights:
-            return cast(Linear, self.model.get_submodule(target)).weight_used()
-        tensors = self._checkpoint.tensors
-        stored = tensors.get(f"{target}.weight", tensors["model.embed_tokens.weight"])  # a tied head's
-        weight = stored.to(self.device, self.dtype, copy=True)
-        page_out(stored)
-        return weight
+        """The weight (out, in) that products of one linear layer are made with, in `dtype`; once there are weights."""
+        assert self.has_weights
+        return cast(Linear, self.model.get_submodule(target)).weight_used()
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -260,6 +260,8 @@ def _trained(
         base.load_weights(plan.quantize)
         if plan.packed:
             base.model.pack_for_training()
+        for run in runs:
+            run.measure()
         identities = {run.label: run.identity for run in runs}
         _check_alike(identities, ranks)
         states = ranks.from_lead(lambda: _states(folder, folders, identities if lead.resume else None))
