@@ -49,7 +49,7 @@ class Base:
             quantize: how the blocks' linear layers are kept in fewer bits, one of `quantize.QUANTIZATIONS`.
 
         Raises:
-            CheckpointError: see `read_checkpoint`.
+            CheckpointError: the files are no longer those of `fingerprint`; or see `read_checkpoint`.
             InvalidRequest: the weights are there, and kept otherwise; or see `quantize.check_quantization`.
         """
         if self.has_weights:
@@ -66,6 +66,10 @@ class Base:
 
     def _fill(self, quantize: str | None) -> None:
         checkpoint = read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
+        if checkpoint.config != self.config or fingerprint(checkpoint) != self.fingerprint:
+            raise CheckpointError(
+                f"{self.path} was changed after it was opened, before its weights were read; run the same command again"
+            )
         fill(self.model, checkpoint, self.device, self.dtype, quantize)
 
     @property

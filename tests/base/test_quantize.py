@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from loraserve.base import quantize
 from loraserve.base.attention import PackedAttention
 from loraserve.base.linear import Linear
 from loraserve.base.load import Base, load_base
-from loraserve.errors import InvalidRequest
+from loraserve.errors import CheckpointError, InvalidRequest
 from tests.train.conftest import write_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,6 +117,25 @@ def test_weights_come_when_they_are_asked_for(tmp_path: Path) -> None:
     plain.load_weights()
     with pytest.raises(InvalidRequest, match=r"quantize is int8, but the base is in memory with quantize None"):
         plain.load_weights("int8")
+
+
+def test_files_that_change_before_the_weights_are_read_are_refused(tmp_path: Path) -> None:
+    """Catches an adapter whose fingerprint is that of a base on which it was not trained."""
+    for name, text in (("weights", ""), ("config.json", '"rope_theta": 10000.0')):
+        folder = write_base(tmp_path / name)
+        waiting = load_base(str(folder), device="cpu", dtype="float32", weights=False)
+        if text:
+            config = folder / name
+            assert text in config.read_text()
+            config.write_text(config.read_text().replace(text, '"rope_theta": 20000.0'))
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            save_file({key: 2 * tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
+        with pytest.raises(
+            CheckpointError, match=f"{name} was changed after it was opened.*run the same command again"
+        ):
+            waiting.load_weights("int8")
+        assert not waiting.has_weights
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
