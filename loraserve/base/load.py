@@ -51,6 +51,8 @@ class Base:
         Raises:
             CheckpointError: the files are no longer those of `fingerprint`; or see `read_checkpoint`.
             InvalidRequest: the weights are there, and kept otherwise; or see `quantize.check_quantization`.
+
+        After either nothing has changed.
         """
         if self.has_weights:
             if quantize != self.model.quantized:
@@ -61,7 +63,7 @@ class Base:
                 )
             return
         if quantize is not None:
-            check_quantization(quantize)
+            check_quantization(quantize, self.config)
         apart(self._fill, quantize)
 
     def _fill(self, quantize: str | None) -> None:

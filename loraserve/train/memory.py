@@ -154,7 +154,12 @@ def plan_for(
         batch: rows of each dialogue that a pass of all may hold.
         how: the base's layers are kept, `none` or one of `quantize.QUANTIZATIONS`; `auto` quantises them if the budget
             needs it.
+
+    Raises:
+        InvalidRequest: no plan fits, or the base cannot be kept as `how` has it; the message has what would do.
     """
+    if how in quantize.QUANTIZATIONS:
+        quantize.check_quantization(how, base.config)
     needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
     widest = max(needs, key=lambda each: each.row(False))
     together = replace(widest, adapter=sum(each.adapter for each in needs), logits=max(each.logits for each in needs))
@@ -162,8 +167,9 @@ def plan_for(
     if how == "auto":
         allowed = [base.model.quantized]
         if not base.has_weights and budget is not None:
-            allowed += [q for q in quantize.QUANTIZATIONS if quantize.available(q, base.config)]
-    others = [q for q in quantize.QUANTIZATIONS if q not in allowed]
+            able = [q for q in quantize.QUANTIZATIONS if quantize.fits(q, base.config)]
+            allowed += [q for q in able if q != quantize.NF4 or quantize.installed()]
+    others = [q for q in quantize.QUANTIZATIONS if q not in allowed and quantize.fits(q, base.config)]
     return plan(together, keepings(base, allowed), batch, budget, others=keepings(base, others))
 
 

@@ -23,7 +23,7 @@ from loraserve.train.data import Encoder
 from loraserve.train.memory import Keeping, keepings, plan, plan_for, weight_bytes
 from loraserve.train.options import TrainOptions
 from loraserve.train.trainer import train
-from tests.train.conftest import dataset_of
+from tests.train.conftest import dataset_of, write_base
 from tests.train.test_memory import NEEDS
 from tests.train.test_step import gradients, optimizer, random_samples, trainable
 from tests.train.test_trainer import SignalAt, mean_loss, replace
@@ -280,3 +280,12 @@ def test_a_library_that_is_missing_is_named_with_its_extra(command, monkeypatch,
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "pip install 'loraserve[bitsandbytes]', or use --quantize int8" in result.stderr
     assert not (tmp_path / "adapters").exists()
+def test_bits_that_a_layer_cannot_have_are_not_planned(tmp_path, large_base):
+    odd = load_base(str(write_base(tmp_path / "odd", width=49)), device="cpu", dtype="float32", weights=False)
+    weights = trainable(odd)
+    with pytest.raises(InvalidRequest, match=r"quantize nf4 takes layers of 64·n weights, and model\.layers\.0\.mlp"):
+        plan_for(odd, [weights], [5], None, "nf4")
+    with pytest.raises(InvalidRequest, match=r"with the base's layers in int8.*MB, --max-seq-len"):
+        plan_for(odd, [weights], [5], 19 << 20)
+
+
