@@ -112,7 +112,7 @@ def start(scratch: Path, base: Path, sample: Path, many: int, repeats: int) -> d
 
 def _start(base: Path, adapters: Path) -> float:
     port = free_port()
-    command = [sys.executable, "-m", "loraserve.cli", "serve", "--base", str(base), "--adapters-dir", str(adapters)]
+    command = [sys.executable, "-m", "loraserve", "serve", "--base", str(base), "--adapters-dir", str(adapters)]
     began = time.perf_counter()
     server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -1,4 +1,7 @@
-"""`python -m loraserve`, as torchrun starts it: `torchrun --nproc-per-node 2 -m loraserve train ...`."""
+"""`python -m loraserve`, as torchrun starts it, and whoever does not know where its script lies.
+
+torchrun --nproc-per-node 2 -m loraserve train ...
+"""
 
 from loraserve.cli.main import main
 

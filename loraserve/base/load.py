@@ -3,7 +3,6 @@
 import re
 import threading
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -50,8 +49,10 @@ class Base:
             quantize: how the blocks' linear layers are kept in fewer bits, one of `quantize.QUANTIZATIONS`.
 
         Raises:
-            CheckpointError: see `read_checkpoint`.
+            CheckpointError: the files are no longer those of `fingerprint`; or see `read_checkpoint`.
             InvalidRequest: the weights are there, and kept otherwise; or see `quantize.check_quantization`.
+
+        After either nothing has changed.
         """
         if self.has_weights:
             if quantize != self.model.quantized:
@@ -62,32 +63,29 @@ class Base:
                 )
             return
         if quantize is not None:
-            check_quantization(quantize)
-        apart(fill, self.model, self._checkpoint, self.device, self.dtype, quantize)
-        del self.__dict__["_checkpoint"]
+            check_quantization(quantize, self.config)
+        apart(self._fill, quantize)
+
+    def _fill(self, quantize: str | None) -> None:
+        checkpoint = read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
+        if checkpoint.config != self.config or fingerprint(checkpoint) != self.fingerprint:
+            raise CheckpointError(
+                f"{self.path} was changed after it was opened, before its weights were read; run the same command again"
+            )
+        fill(self.model, checkpoint, self.device, self.dtype, quantize)
 
     @property
     def has_weights(self) -> bool:
         return not self.model.lm_head.weight.is_meta
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        """While there are no weights."""
-        return read_checkpoint(self.path, num_attention_heads=self.config.num_attention_heads)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         return self.config.linear_shapes()
 
     def weight_of(self, target: str) -> torch.Tensor:
-        """The weight (out, in) of one linear layer, in `dtype`; in fewer bits only if it trains so."""
-        if self.has_weights:
-            return cast(Linear, self.model.get_submodule(target)).weight_used()
-        tensors = self._checkpoint.tensors
-        stored = tensors.get(f"{target}.weight", tensors["model.embed_tokens.weight"])  # a tied head's
-        weight = stored.to(self.device, self.dtype, copy=True)
-        page_out(stored)
-        return weight
+        """The weight (out, in) that products of one linear layer are made with, in `dtype`; once there are weights."""
+        assert self.has_weights
+        return cast(Linear, self.model.get_submodule(target)).weight_used()
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -185,13 +183,15 @@ def fill(
             of a mapped file nothing then stays in memory.
     """
     rounded = {} if quantize is None else quantized_shapes(checkpoint.config)
+    # MiniMind's trainers write over their `.pth` in place, and a mapping does not outlive that.
+    copy = quantize is not None or checkpoint.format == "minimind"
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         target = name.removesuffix(".weight")
         if quantize is not None and target in rounded:
             cast(Linear, model.get_submodule(target)).quantize(tensor.to(device), quantize, dtype)
         else:
-            tensors[name] = tensor.to(device, dtype, copy=quantize is not None)
+            tensors[name] = tensor.to(device, dtype, copy=copy)
         if quantize is not None:
             page_out(tensor)
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -56,8 +56,7 @@ def quantized(weight: Tensor, how: str, dtype: torch.dtype) -> Quantized:
         how: one of QUANTIZATIONS.
         dtype: of the activations.
 
-    Raises:
-        InvalidRequest: nf4 cannot have a weight of this shape.
+    What `check_quantization` refuses cannot be rounded.
     """
     return _int8(weight, dtype) if how == INT8 else _nf4(weight, dtype)
 
@@ -77,11 +76,7 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _nf4(weight: Tensor, dtype: torch.dtype) -> Quantized:
-    if weight.numel() % BLOCK:
-        raise InvalidRequest(
-            f"quantize nf4 takes layers of {BLOCK}·n weights, not {tuple(weight.shape)}; use --quantize int8",
-            param="quantize",
-        )
+    assert weight.numel() % BLOCK == 0
     library = bitsandbytes()
     parts = [library.quantize_4bit(slab, blocksize=BLOCK, quant_type=NF4) for slab in weight.split(SLAB)]
     values = torch.cat([part for part, _ in parts])  # (out · in / 2, 1) uint8
@@ -93,8 +88,8 @@ def _nf4(weight: Tensor, dtype: torch.dtype) -> Quantized:
     return Quantized(lambda: library.dequantize_4bit(values, state).view(shape), values.nbytes + scales.nbytes)
 
 
-def check_quantization(how: str) -> None:
-    """Raise InvalidRequest if there is no `how`, or its library is not installed."""
+def check_quantization(how: str, config: ModelConfig | None = None) -> None:
+    """Raise InvalidRequest if there is no `how`, its library is not installed, or a layer of `config` cannot be so."""
     if how not in QUANTIZATIONS:
         raise InvalidRequest(f"quantize is one of {', '.join(QUANTIZATIONS)}, not {how!r}", param="quantize")
     if how == NF4 and not installed():
@@ -102,13 +97,22 @@ def check_quantization(how: str) -> None:
             "quantize nf4 needs bitsandbytes: pip install 'loraserve[bitsandbytes]', or use --quantize int8",
             param="quantize",
         )
+    for target, shape in _unfit(how, config) if config is not None else ():
+        raise InvalidRequest(
+            f"quantize nf4 takes layers of {BLOCK}·n weights, and {target} has the shape {shape}; use --quantize int8",
+            param="quantize",
+        )
 
 
-def available(how: str, config: ModelConfig) -> bool:
-    """Whether a base of `config` can be kept like that here."""
-    return how == INT8 or (
-        installed() and all(out * inputs % BLOCK == 0 for out, inputs in quantized_shapes(config).values())
-    )
+def fits(how: str, config: ModelConfig) -> bool:
+    """Whether all layers of a base of `config` can be kept like that, where the library is installed."""
+    return not _unfit(how, config)
+
+
+def _unfit(how: str, config: ModelConfig) -> list[tuple[str, tuple[int, int]]]:
+    """(target, shape) of the layers that cannot be kept so."""
+    shapes = quantized_shapes(config).items() if how == NF4 else ()
+    return [(target, shape) for target, shape in shapes if shape[0] * shape[1] % BLOCK]
 
 
 def installed() -> bool:

@@ -121,7 +121,7 @@ def free_port() -> int:
 def _loraserve_http(field: Field, peers: Peers) -> list[str]:
     port = free_port()
     command = [
-        *(sys.executable, "-m", "loraserve.cli", "serve", "--port", str(port), "--dtype", field.dtype),
+        *(sys.executable, "-m", "loraserve", "serve", "--port", str(port), "--dtype", field.dtype),
         *("--base", str(field.base), "--adapters-dir", str(field.adapters), "--adapter-memory", "8G"),
         *("--max-model-len", str(field.max_model_len), "--max-num-seqs", str(field.max_num_seqs)),
         *("--speculate", "0"),  # random weights repeat themselves as no text does

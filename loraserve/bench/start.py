@@ -19,11 +19,11 @@ def run(*, repeats: int = 5, base: str = "bundled") -> dict[str, float]:
     helps, starts, firsts = [], [], []
     for _ in range(repeats):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "loraserve.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "loraserve", "--help"], check=True, stdout=subprocess.DEVNULL)
         helps.append(time.perf_counter() - began)
         port = free_port()
         began = time.perf_counter()
-        command = [sys.executable, "-m", "loraserve.cli", "serve", "--base", base, "--port", str(port)]
+        command = [sys.executable, "-m", "loraserve", "serve", "--base", base, "--port", str(port)]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_until_ready(server, port, "/ready", timeout=120.0)

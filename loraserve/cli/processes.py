@@ -1,13 +1,13 @@
 """A command that torchrun may start several times over: its processes meet, and one of them is heard."""
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraserve.cli.options import BaseOptions, LoraserveCommand
 from loraserve.errors import PeerFailed
+from loraserve.train.environment import rank_and_size
 
 if TYPE_CHECKING:
     from loraserve.train.ranks import Ranks
@@ -20,7 +20,7 @@ class ProcessesCommand(LoraserveCommand):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            if os.environ.get("RANK", "0") != "0":
+            if rank_and_size()[0]:
                 raise PeerFailed("process 0 says what is wrong with the command line") from error
             raise
 

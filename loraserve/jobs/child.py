@@ -1,6 +1,7 @@
 """The process of a job: nicer than the server, deaf to its terminal, and its last words.
 
-It has a session of its own, so Ctrl-C ends the server alone, which then stops it in order.
+It has a session of its own, so Ctrl-C ends the server alone, which then stops it in order. It trains alone, even if the
+server was started as one of several processes, as in a cluster.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from loraserve.lora.files import storage_errors
+from loraserve.train.environment import outside_of_runs
 
 NICENESS = 10
 PATIENCE = 30.0
@@ -34,7 +36,7 @@ class Child:
             self._first = file.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, env=outside_of_runs(),
             )  # fmt: skip
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)

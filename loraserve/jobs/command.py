@@ -33,4 +33,4 @@ def train_arguments(job: Job, files: FileStore, adapters_dir: Path, base_options
     }
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
     resume = [] if job.process is None else ["--resume"]
-    return ["loraserve.cli", "train", *base_options, *given, *resume]
+    return ["loraserve", "train", *base_options, *given, *resume]

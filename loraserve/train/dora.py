@@ -57,6 +57,13 @@ class DoraNorms:
         return self._weight_of(target)
 
 
+def measured(weights: Mapping[str, LoraWeight], weight_of: WeightOf) -> dict[str, LoraWeight]:
+    """An adapter as a batch computes with it, as in training."""
+    norms = DoraNorms(weights, weight_of)
+    norms.measure()
+    return norms.weights()
+
+
 @torch.no_grad()
 def row_squares(weight: Tensor) -> Tensor:
     """‖W‖² of each output, (out,) float32."""

@@ -1,7 +1,8 @@
 """The adapter a run starts from: a new one, whose first answers are the base's, or one that was trained before.
 
 Of a new one B is zero, and A is drawn as PEFT draws it, uniform within ±1/sqrt(in_features), or as MiniMind does, from
-N(0, 0.02). DoRA's magnitudes are the norms of the base's own outputs.
+N(0, 0.02). DoRA's magnitudes are the norms of the base's own outputs, by the weights that it computes with: of a base
+in fewer bits the dequantised ones, as in PEFT.
 """
 
 import math
@@ -15,15 +16,14 @@ from torch import nn
 
 from loraserve.base.load import Base
 from loraserve.errors import AdapterNotFound, AdapterRefused, InvalidRequest
-from loraserve.lora.adapter import LoraWeight, Shapes, list_some
+from loraserve.lora.adapter import Adapter, LoraWeight, Shapes, list_some
 from loraserve.lora.config import ALL_LINEAR, LoraConfig, compact_targets, expand_targets, module_pattern
 from loraserve.lora.dora import WeightOf, prepared
 from loraserve.lora.header import WEIGHTS_FILE
 from loraserve.lora.peft import read_adapter
-from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.registry.manifest import read_manifest, sha256_of
-from loraserve.train.dora import DoraNorms, row_squares
+from loraserve.train.dora import row_squares
 from loraserve.train.options import TrainOptions, in_order
 
 MINIMIND_STD = 0.02
@@ -35,27 +35,52 @@ class Start:
 
     config: LoraConfig
     weights: dict[str, LoraWeight]
-    """Float32 parameters on the base's device."""
+    """Float32 parameters on the base's device; a new adapter's magnitudes are zero until `measure`."""
     recipe: dict[str, Any]
     """What goes into the run's recipe in place of the options' own."""
     parent: str | None = None
     """The adapter it goes on with, as `Manifest.parents` has it."""
 
-    def reference(self, weight_of: WeightOf) -> AdapterStack | None:
-        """What the run starts from, to stay as it is: a copy of the adapter it goes on with, None for the base."""
+    @torch.no_grad()
+    def measure(self, weight_of: WeightOf) -> None:
+        """Give a new DoRA adapter its magnitudes; B must be zero.
+
+        Args:
+            weight_of: the base's weights, as training computes with them.
+
+        Raises:
+            InvalidRequest: an output without weights has no length to give it.
+            AdapterRefused: the same of the adapter it goes on with, whose magnitudes stay as they are.
+        """
+        if self.parent is not None:
+            prepared(Adapter(self.weights, self.parent.rpartition("@")[0]), weight_of)
+            return
+        empty = []
+        for target, weight in self.weights.items():
+            if weight.magnitude is None:
+                continue
+            weight.magnitude.copy_(row_squares(weight_of(target)).sqrt())
+            if not weight.magnitude.all():
+                empty.append(target)
+        if empty:
+            raise InvalidRequest(
+                f"{list_some(empty)}: DoRA divides by the length of each output's weights, and some are all zero here; "
+                "leave such layers out of --targets, or train without --dora",
+                param="use_dora",
+            )
+
+    def copy(self) -> dict[str, LoraWeight] | None:
+        """The adapter it goes on with, to stay as it is; None of a new one, which is the base."""
         if self.parent is None:
             return None
-        copies = {target: w.map(lambda tensor: tensor.detach().clone()) for target, w in self.weights.items()}
-        norms = DoraNorms(copies, weight_of)
-        norms.measure()
-        return AdapterStack([norms.weights()])
+        return {target: w.map(lambda tensor: tensor.detach().clone()) for target, w in self.weights.items()}
 
 
 def start(options: TrainOptions, base: Base, registry: Registry) -> Start:
     """Make a new adapter, or take up the one that `options.init_from` names.
 
     Raises:
-        InvalidRequest: targets or patterns that match no layer, or are no regex; DoRA on an output without weights.
+        InvalidRequest: targets or patterns that match no layer, or are no regex.
         AdapterNotFound: init_from is neither in the registry nor a directory.
         AdapterRefused: it cannot be read, or was made for another base.
     """
@@ -76,8 +101,6 @@ def start(options: TrainOptions, base: Base, registry: Registry) -> Start:
     )
     normal = options.targets == "minimind"
     weights = initial_weights(targets, base.shapes, config, normal=normal, seed=options.seed, device=base.device)
-    if config.use_dora:
-        weights = _with_magnitudes(weights, base.weight_of)
     return Start(config, weights, {})
 
 
@@ -101,22 +124,14 @@ def initial_weights(
             bound = 1 / math.sqrt(in_features)
             A.uniform_(-bound, bound, generator=generator)
         B = torch.zeros(out_features, r)
+        magnitude = nn.Parameter(torch.zeros(out_features, device=device)) if config.use_dora else None
         weights[target] = LoraWeight(
-            nn.Parameter(A.to(device)), nn.Parameter(B.to(device)), scaling=config.scaling_of(target)
+            nn.Parameter(A.to(device)),
+            nn.Parameter(B.to(device)),
+            scaling=config.scaling_of(target),
+            magnitude=magnitude,
         )
     return weights
-
-
-def _with_magnitudes(weights: Mapping[str, LoraWeight], weight_of: WeightOf) -> dict[str, LoraWeight]:
-    """The same for DoRA, each output at the length it has on the base; B must be zero."""
-    norms = {target: row_squares(weight_of(target)).sqrt() for target in weights}
-    if empty := [target for target, norm in norms.items() if not norm.all()]:
-        raise InvalidRequest(
-            f"{list_some(empty)}: DoRA divides by the length of each output's weights, and some are all zero here; "
-            "leave such layers out of --targets, or train without --dora",
-            param="use_dora",
-        )
-    return {target: replace(weight, magnitude=nn.Parameter(norms[target])) for target, weight in weights.items()}
 
 
 def _check_pattern(name: str, pattern: Mapping[str, float], targets: Sequence[str]) -> None:
@@ -148,7 +163,6 @@ def _continued(source: str, base: Base, registry: Registry) -> Start:
         made_for = manifest.base_name or manifest.base_fingerprint
         raise AdapterRefused(name, [f"trained on another base ({made_for}); go on with it on that --base"])
     adapter, config = read_adapter(path, name, base.shapes, manifest.sha256)
-    prepared(adapter, base.weight_of)  # raises where DoRA cannot be
     config = replace(config, base_model_name_or_path=base.name, revision=None, lora_dropout=0.0, ignored=())
     weights = {
         target: weight.map(lambda tensor: nn.Parameter(tensor.to(base.device, torch.float32, copy=True)))

@@ -145,6 +145,7 @@ def plan_for(
     batch: Sequence[int],
     budget: int | None,
     how: str = "auto",
+    packing: bool = True,
 ) -> Plan:
     """The plan of a run that is about to start, or of several that share passes; see `plan`.
 
@@ -154,7 +155,13 @@ def plan_for(
         batch: rows of each dialogue that a pass of all may hold.
         how: the base's layers are kept, `none` or one of `quantize.QUANTIZATIONS`; `auto` quantises them if the budget
             needs it.
+        packing: whether the layers' weights may be laid out for the C kernels, see `Keeping`.
+
+    Raises:
+        InvalidRequest: no plan fits, or the base cannot be kept as `how` has it; the message has what would do.
     """
+    if how in quantize.QUANTIZATIONS:
+        quantize.check_quantization(how, base.config)
     needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
     widest = max(needs, key=lambda each: each.row(False))
     together = replace(widest, adapter=sum(each.adapter for each in needs), logits=max(each.logits for each in needs))
@@ -162,9 +169,11 @@ def plan_for(
     if how == "auto":
         allowed = [base.model.quantized]
         if not base.has_weights and budget is not None:
-            allowed += [q for q in quantize.QUANTIZATIONS if quantize.available(q, base.config)]
-    others = [q for q in quantize.QUANTIZATIONS if q not in allowed]
-    return plan(together, keepings(base, allowed), batch, budget, others=keepings(base, others))
+            able = [q for q in quantize.QUANTIZATIONS if quantize.fits(q, base.config)]
+            allowed += [q for q in able if q != quantize.NF4 or quantize.installed()]
+    others = [q for q in quantize.QUANTIZATIONS if q not in allowed and quantize.fits(q, base.config)]
+    ways = ([way for way in same if packing or not way.packed] for same in keepings(base, allowed))
+    return plan(together, ways, batch, budget, others=keepings(base, others))
 
 
 def plan(

@@ -3,8 +3,8 @@
     rank    which of them this is, from 0; rank 0 leads: it alone writes the run's files and says how it goes
     size    how many there are; in a run alone nothing here costs anything or changes a result
 
-torchrun starts them, or whatever else sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. What is on CPUs
-goes by gloo, what is on GPUs by NCCL. Every rank makes the same calls in the same order, and gets the same bits.
+torchrun starts them, or whatever else sets the variables of `environment`. What is on CPUs goes by gloo, what is on
+GPUs by NCCL. Every rank makes the same calls in the same order, and gets the same bits.
 
 A rank that fails ends, which breaks what the others wait for, so that they end, too. Why is told once: by the first
 that claims it in the store through which the ranks met.
@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from loraserve.errors import InvalidRequest, PeerFailed, ProcessLost
+from loraserve.train.environment import rank_and_size
 
 T = TypeVar("T")
 
@@ -111,9 +112,10 @@ def join(device: str) -> Iterator[Ranks]:
         device: `--device`; where there are several processes a GPU becomes that of LOCAL_RANK.
 
     Raises:
+        InvalidRequest: see `rank_and_size`; or there is no GPU of that number.
         PeerFailed: instead of the error that ended the block, if another process says why.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if rank_and_size()[1] == 1:
         yield Ranks(device=device)
         return
     on_gpus = device != "cpu" and torch.cuda.is_available()

@@ -17,6 +17,7 @@ from loraserve.train.best import BestWeights
 from loraserve.train.checkpoint import METRICS, RunState
 from loraserve.train.data import Encoder
 from loraserve.train.dataset import open_dataset
+from loraserve.train.dora import measured
 from loraserve.train.initial import start
 from loraserve.train.memory import Plan
 from loraserve.train.options import TrainOptions
@@ -29,7 +30,7 @@ from loraserve.train.tokens import REJECTED
 
 
 class Run:
-    """A run whose data is read and checked; `begin` makes it ready to step.
+    """A run whose data is read and checked; `measure` and then `begin` make it ready to step.
 
     Args:
         folder: for its metrics.
@@ -68,10 +69,18 @@ class Run:
         self.total = self.per_epoch * options.epochs
         self.start = start(options, base, registry)
         self.weights = self.start.weights
-        dpo = options.objective == "dpo"
-        self.preference = Preference(options.beta, self.start.reference(base.weight_of)) if dpo else None
+        self.preference: Preference | None = None
+        self._reference = self.start.copy() if options.objective == "dpo" else None
         self.best = BestWeights(self.weights)
         self._hashes = {"data_sha256": self.data.sha256, "val_data_sha256": val_sha256}
+
+    def measure(self) -> None:
+        """Take what the run starts from by the base's weights, which are there now. Raises as `Start.measure` does."""
+        self.start.measure(self.base.weight_of)
+        if self.options.objective == "dpo":
+            before, self._reference = self._reference, None
+            stack = None if before is None else AdapterStack([measured(before, self.base.weight_of)])
+            self.preference = Preference(self.options.beta, stack)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -202,7 +211,7 @@ class Run:
         self.best.begin(loss, initial)
 
     def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
-        size, group = self.options.batch_size, self.dataset.samples_per_row
+        size, group = max(1, self.options.batch_size // self.ranks.size), self.dataset.samples_per_row
         rows = range(self.dataset.num_val)[self.ranks.rank :: self.ranks.size]
         parts = (rows[i : i + size] for i in range(0, len(rows), size))
         samples = ([s for row in part for s in self.dataset.val_samples(row)] for part in parts)

@@ -1,17 +1,22 @@
 """A base in fewer bits: how far its weights are from what they were, what its products are, and what it takes."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from loraserve.base import quantize
 from loraserve.base.attention import PackedAttention
 from loraserve.base.linear import Linear
 from loraserve.base.load import Base, load_base
-from loraserve.errors import InvalidRequest
+from loraserve.errors import CheckpointError, InvalidRequest
+from loraserve.train.memory import weight_bytes
 from tests.train.conftest import write_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,16 +118,78 @@ def test_weights_come_when_they_are_asked_for(tmp_path: Path) -> None:
     assert state.keys() == other.keys() and all(state[name].equal(other[name]) for name in state)
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
-    for target in ("model.layers.1.mlp.down_proj", "lm_head"):
-        assert waiting.weight_of(target).equal(plain.weight_of(target))
     plain.load_weights()
     with pytest.raises(InvalidRequest, match=r"quantize is int8, but the base is in memory with quantize None"):
         plain.load_weights("int8")
 
 
+def test_files_that_change_before_the_weights_are_read_are_refused(tmp_path: Path) -> None:
+    """Catches an adapter whose fingerprint is that of a base on which it was not trained."""
+    for name, text in (("weights", ""), ("config.json", '"rope_theta": 10000.0')):
+        folder = write_base(tmp_path / name)
+        waiting = load_base(str(folder), device="cpu", dtype="float32", weights=False)
+        if text:
+            config = folder / name
+            assert text in config.read_text()
+            config.write_text(config.read_text().replace(text, '"rope_theta": 20000.0'))
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            save_file({key: 2 * tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
+        with pytest.raises(
+            CheckpointError, match=f"{name} was changed after it was opened.*run the same command again"
+        ):
+            waiting.load_weights("int8")
+        assert not waiting.has_weights
+
+
+def test_a_base_with_a_layer_that_cannot_be_kept_so_stays_whole(tmp_path: Path) -> None:
+    """Catches layers that are rounded before the one that cannot be."""
+    folder = write_base(tmp_path / "odd", width=49)
+    base, plain = (load_base(str(folder), device="cpu", dtype="float32", weights=full) for full in (False, True))
+    assert quantize.fits("int8", base.config) and not quantize.fits("nf4", base.config)
+    with pytest.raises(InvalidRequest, match=r"64·n weights, and model.layers.0.mlp.\w+ has the shape .*int8"):
+        base.load_weights("nf4")
+    assert not base.has_weights
+    base.load_weights()
+    for target in base.shapes:
+        assert base.weight_of(target).equal(plain.weight_of(target))
+
+
+READING = """
+import sys, psutil
+from pathlib import Path
+from loraserve.base.load import load_base
+from loraserve.train.allocator import give_back_large_tensors
+give_back_large_tensors()
+base = load_base(sys.argv[1], device="cpu", dtype="float32", weights=False)
+before = psutil.Process().memory_info().rss
+Path("/proc/self/clear_refs").write_text("5")
+base.load_weights("int8")
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(int(peak) * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process its peak")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "base.pth"])
+def test_reading_a_base_in_fewer_bits_takes_no_more_than_they_do(name: str, tmp_path: Path) -> None:
+    """Catches a file of 75 MB in memory as a whole, beside the 38 MB that are kept of it."""
+    folder = write_base(tmp_path / "large", hidden=512, width=8192)
+    tensors = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    (save_file if name.endswith("safetensors") else torch.save)(tensors, folder / name)
+    os.sync()  # pages that are still to be written stay in memory
+    path = folder / name if name.endswith(".pth") else folder
+    base = load_base(str(path), device="cpu", dtype="float32", weights=False)  # remembers the fingerprint
+    kept = weight_bytes(base.config, base.dtype, "int8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READING, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert 0.8 * kept < int(done.stdout) < kept + (32 << 20), (kept, done.stdout)
+
+
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidRequest, match=r"64·n weights, not \(7, 20\)"):
-        quantize.quantized(torch.randn(7, 20), "nf4", torch.float32)
     with pytest.raises(InvalidRequest, match="quantize is one of int8, nf4, not 'int3'"):
         quantize.check_quantization("int3")
     quantize.check_quantization("nf4")

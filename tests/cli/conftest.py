@@ -68,7 +68,7 @@ def shell(here: Path) -> Shell:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
     def run(*args: str | Path, before: str = ":", **options: Any) -> "subprocess.CompletedProcess[str]":
-        command = ["bash", "-c", f'{before}; exec "$@"', "-", sys.executable, "-m", "loraserve.cli", *map(str, args)]
+        command = ["bash", "-c", f'{before}; exec "$@"', "-", sys.executable, "-m", "loraserve", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
     return run

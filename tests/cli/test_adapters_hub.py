@@ -71,7 +71,7 @@ def run(hub: WritableHub, adapters_dir: Path, tmp_path: Path) -> Run:
     environment = os.environ | settings | {"PYTHONPATH": str(ROOT), "LORASERVE_ADAPTERS": str(adapters_dir)}
 
     def command(*args: str | Path, **changed: str) -> "subprocess.CompletedProcess[str]":
-        line = [sys.executable, "-m", "loraserve.cli", "adapters", *map(str, args)]
+        line = [sys.executable, "-m", "loraserve", "adapters", *map(str, args)]
         return subprocess.run(line, capture_output=True, text=True, env=environment | changed, cwd=tmp_path)
 
     return command

@@ -243,7 +243,7 @@ class Terminal:
 
     OWN_TERMINAL = (
         "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-        "os.execv(sys.executable, [sys.executable, '-m', 'loraserve.cli', 'chat', *sys.argv[1:]])"
+        "os.execv(sys.executable, [sys.executable, '-m', 'loraserve', 'chat', *sys.argv[1:]])"
     )
 
     def __init__(self, *args: str) -> None:

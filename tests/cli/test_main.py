@@ -230,7 +230,7 @@ def test_debug_messages_end_with_the_command_that_asked_for_them(probe: Probe) -
 
 
 def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
-    line = f"{sys.executable} -m loraserve.cli version | head -0; echo ${{PIPESTATUS[0]}} >&2"
+    line = f"{sys.executable} -m loraserve version | head -0; echo ${{PIPESTATUS[0]}} >&2"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stderr.strip() in ("0", "1")  # 0 if all was written before the reader left
     line = "import click, sys\nfrom loraserve.cli.main import main\n" + (

@@ -58,7 +58,7 @@ class Shell:
         return done.stdout
 
     def serve(self, words: list[str]) -> None:
-        command = [sys.executable, "-m", "loraserve.cli", *words, "--port", "0"]
+        command = [sys.executable, "-m", "loraserve", *words, "--port", "0"]
         self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout
         found = re.search(r"http://\S+:\d+", self.server.stdout.readline())

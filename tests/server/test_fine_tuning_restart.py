@@ -204,7 +204,7 @@ class TestCommand:
         assert (result.exit_code, statuses) == (0, [status]), result.output
 
     def test_ends_a_run_in_order_when_it_is_stopped(self, base: Base, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "loraserve.cli", "serve", "--port", "0", "--adapters-dir", str(tmp_path)]
+        command = [sys.executable, "-m", "loraserve", "serve", "--port", "0", "--adapters-dir", str(tmp_path)]
         command += ["--base", str(base.path), "--max-model-len", "64", "--kv-memory", "1M"]
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}

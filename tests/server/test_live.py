@@ -247,7 +247,7 @@ def test_the_command_serves_until_a_signal(base: Base, tmp_path: Path, number: s
     command = [
         sys.executable,
         "-m",
-        "loraserve.cli",
+        "loraserve",
         "serve",
         "--base",
         str(base.path),

@@ -55,18 +55,18 @@ def write_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_base(folder: Path, *, num_experts: int = 0, context: int = 256) -> Path:
+def write_base(folder: Path, *, num_experts: int = 0, context: int = 256, hidden: int = 32, width: int = 48) -> Path:
     """Write a random Qwen3 or Qwen3-MoE directory of three layers."""
     folder.mkdir()
     facts = {
         "model_type": "qwen3_moe" if num_experts else "qwen3",
         "vocab_size": write_tokenizer(folder),
-        "hidden_size": 32,
+        "hidden_size": hidden,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "intermediate_size": 48,
+        "intermediate_size": width,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e4,
         "max_position_embeddings": context,

@@ -141,7 +141,9 @@ def test_norms_are_those_of_the_dense_weights(base_dir, monkeypatch, dtype):
 
 def test_a_new_one_is_the_base_to_the_bit(base, dialogue_file):
     options = TrainOptions(data=dialogue_file, name="robot", targets="all", use_dora=True)
-    weights = start(options, base, None).weights
+    begun = start(options, base, None)
+    begun.measure(base.weight_of)
+    weights = begun.weights
     batch = pack(random_samples(3))
     with torch.no_grad():
         (plain,), (ours,) = (token_losses(base.model, [(0, batch)], s) for s in (None, in_use(base, weights)))

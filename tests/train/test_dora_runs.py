@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from loraserve.base.attention import PackedAttention
 from loraserve.base.load import load_base
+from loraserve.base.quantize import QUANTIZATIONS
 from loraserve.engine.merge import merge
 from loraserve.engine.service import Service
 from loraserve.errors import AdapterRefused, InvalidRequest, TrainingInterrupted
@@ -24,6 +25,7 @@ from loraserve.lora.spec import parse_spec
 from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.batch import pack, token_losses
+from loraserve.train.dora import measured
 from loraserve.train.initial import start
 from loraserve.train.options import TrainOptions
 from loraserve.train.trainer import train, train_all
@@ -124,7 +126,7 @@ def test_going_on_with_one_of_peft_s_keeps_its_magnitudes(base, base_dir, regist
     assert record.manifest.recipe["use_dora"] and record.config.use_dora
     batch = pack(random_samples(3))
     with torch.no_grad():
-        reference = begun.reference(base.weight_of)
+        reference = AdapterStack([measured(begun.copy(), base.weight_of)])
         (before,), (kept,) = (token_losses(base.model, [(0, batch)], s) for s in (ready, reference))
     torch.testing.assert_close(kept, before, rtol=1e-4, atol=1e-4)
     moved = named(registry.load("robot").weights)
@@ -132,7 +134,10 @@ def test_going_on_with_one_of_peft_s_keeps_its_magnitudes(base, base_dir, regist
         assert 1e-3 < (moved[name] - tensor).abs().max() < 0.1, name
 
 
-def test_preferences_start_from_the_adapter_as_it_was(base, registry, options, tmp_path, write_rows):
+@pytest.mark.parametrize("how", ["none", *QUANTIZATIONS])
+def test_preferences_start_from_the_adapter_as_it_was(base, base_dir, registry, options, tmp_path, write_rows, how):
+    """On a base in fewer bits, too, whose weights come last: magnitudes and reference are by what it computes with."""
+
     def messages(question, answer):
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -140,10 +145,12 @@ def test_preferences_start_from_the_adapter_as_it_was(base, registry, options, t
     likes = replace(
         options, data=write_rows(tmp_path / "likes.jsonl", rows), objective="dpo", name="likes", batch_size=7
     )
+    likes = replace(likes, quantize=how)
     train(base, registry, options, io.StringIO())
     on = replace(likes, targets=None, r=None, rank_pattern={}, use_dora=False, init_from="robot", name="on")
     for each in (likes, on):
-        record = train(base, registry, each, io.StringIO()).record
+        waiting = load_base(str(base_dir), device="cpu", dtype="float32", weights=False)
+        record = train(waiting, registry, each, io.StringIO()).record
         steps = [json.loads(line) for line in (record.path / "metrics.jsonl").read_text().splitlines()]
         margins = [step["reward_margin"] for step in steps if "reward_margin" in step]
         assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.05

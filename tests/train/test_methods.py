@@ -181,9 +181,10 @@ def test_a_run_is_the_one_that_peft_would_have_made(base, base_dir, registry, op
     model = peft.get_peft_model(
         theirs, peft.LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ALL, "lora_dropout": 0.0} | peft_s)
     )
-    weights = start(options, base, registry).weights
+    begun = start(options, base, registry)
+    begun.measure(base.weight_of)
     with torch.no_grad():
-        for target, weight in weights.items():
+        for target, weight in begun.weights.items():
             module = model.get_submodule(f"base_model.model.{target}")
             module.lora_A["default"].weight.copy_(weight.A)
             assert module.scaling["default"] == pytest.approx(weight.scaling)

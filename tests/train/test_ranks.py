@@ -18,6 +18,7 @@ import torch.distributed as dist
 from loraserve.cli.main import main
 from loraserve.registry import Registry
 from loraserve.train import memory
+from loraserve.train.environment import NEEDED, VARIABLES
 from loraserve.train.run import Run
 from loraserve.train.trainer import _Trained
 from tests.train.conftest import PAIRS, write_base
@@ -28,7 +29,7 @@ from tests.train.test_train_command import arguments, run, wait_for  # noqa: F40
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def rank(line, folder, environment, limit, fails_after):
+def rank(line, folder, environment, limit, fails_after, in_use):
     """One process of a run: `loraserve train` as torchrun starts it, which keeps its weights for the test."""
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -52,7 +53,9 @@ def rank(line, folder, environment, limit, fails_after):
     _Trained.loop = looped
     if fails_after is not None:
         Run.window = broken
-    memory.bytes_in_use = lambda base: 0  # which differs from one machine to the next
+    memory.bytes_in_use = lambda base: in_use or 0  # which differs from one machine to the next
+    if in_use is not None:
+        memory.weight_bytes = lambda config, dtype, how: (20 if how else 30) << 20
     with files_up_to(limit) if limit else contextlib.nullcontext():
         main(["train", *map(str, line)])
 
@@ -66,15 +69,21 @@ class Ranks:
             "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
         )
 
-    def start(self, line, limit=None, last=(), last_fails_after=None):
-        """Start all; `last` is what the last one alone has on its command line."""
+    def start(self, line, limit=None, last=(), last_fails_after=None, in_use=()):
+        """Start all.
+
+        Args:
+            last: what the last one alone has on its command line.
+            in_use: bytes of each without the base, which is then as if it had 30 MB, or 20 in fewer bits.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "GLOO_SOCKET_IFNAME": "lo"}
         meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         for i in range(self.size):
             environment = meeting | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(self.size)}
             own = ([*line, *last], last_fails_after) if i == self.size - 1 else (line, None)
-            self.processes.append(FORKS.Process(target=rank, args=(own[0], self.folder, environment, limit, own[1])))
+            what = (own[0], self.folder, environment, limit, own[1], in_use[i] if in_use else None)
+            self.processes.append(FORKS.Process(target=rank, args=what))
             self.processes[-1].start()
         return self
 
@@ -138,8 +147,9 @@ def assert_alike(together, alone, name="robot"):
     ours, theirs = together.load(name).weights, alone.load(name).weights
     assert ours.keys() == theirs.keys()
     for target, weight in ours.items():
-        torch.testing.assert_close(weight.A, theirs[target].A, atol=3e-3, rtol=0)
-        torch.testing.assert_close(weight.B, theirs[target].B, atol=3e-3, rtol=0)
+        assert weight.named_tensors.keys() == theirs[target].named_tensors.keys()
+        for name, tensor in weight.named_tensors.items():
+            torch.testing.assert_close(tensor, theirs[target].named_tensors[name], atol=3e-3, rtol=0)
     assert max(weight.B.abs().max() for weight in ours.values()) > 1e-2
 
 
@@ -194,6 +204,8 @@ SETTINGS = {
     "lonely": "--batch-size 1 --val-split 0.1 --patience 1 --epochs 4",
     "half": "--batch-size 1 --dtype float16",
     "budget": "--memory-budget 3MB --batch-size 8 --epochs 3",
+    "dora": "--dora --val-split 0.1 --accumulation-steps 2",
+    "quantized": "--quantize int8 --val-split 0.1",
 }
 
 
@@ -203,7 +215,7 @@ SETTINGS = {
         ("accumulation", 2),
         *(
             pytest.param(name, size, marks=pytest.mark.slow)
-            for name, size in zip(SETTINGS, (3, 2, 3, 2, 2), strict=True)
+            for name, size in zip(SETTINGS, (3, 2, 3, 2, 2, 2, 3), strict=True)
         ),
     ],
 )
@@ -221,6 +233,19 @@ def test_each_way_to_train_gives_what_one_process_gives(ranks, settings, tmp_pat
     assert run(*settings, "--adapters-dir", tmp_path / "alone", "--memory-budget", "64GB").exit_code == 0
     assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
     assert [path.name for path in (tmp_path / "adapters" / ".training").iterdir()] == ["robot.lock"]
+
+
+@pytest.mark.parametrize("in_use", [(0, 10 << 20), (10 << 20, 0)])
+def test_all_keep_the_base_in_the_bits_that_one_of_them_needs(ranks, settings, tmp_path, in_use):
+    """Catches ranks that choose for themselves, and would train on different bases."""
+    together = ranks([*settings, "--memory-budget", "35MB"], in_use=in_use)
+    assert together.codes() == [0, 0], together.logs()
+    assert_same_bits(together)
+    reason = "otherwise the least is" if in_use[0] else "for want of memory in another process"
+    assert f"the base's layers in int8 ({reason}" in together.logs()[0]
+    assert Registry(tmp_path / "adapters").get("robot").manifest.recipe["quantize"] == "int8"
+    assert run(*settings, "--adapters-dir", tmp_path / "alone", "--quantize", "int8").exit_code == 0
+    assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
 
 
 @pytest.mark.slow
@@ -354,6 +379,32 @@ def test_a_disk_that_is_full_ends_all_and_the_run_goes_on_when_there_is_room(ran
     again = ranks(settings)
     assert again.codes() == [0, 0], again.logs()
     assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"RANK": "0"}, "the environment has RANK and not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "the environment has RANK and not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE and not RANK, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "not MASTER_ADDR: start several processes with torchrun",
+        ),
+        (dict.fromkeys(NEEDED, "2"), "RANK=2 and WORLD_SIZE=2 are no process of a run"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": "127.0.0.1"}, None),
+    ],
+)
+def test_an_environment_that_says_half_of_it_is_refused(arguments, monkeypatch, environment, text):  # noqa: F811
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for line in ((*arguments, "--dry-run"), (*arguments, "--epochs", "many")) if text else ((*arguments, "--dry-run"),):
+        result = run(*line)
+        assert result.exit_code == (2 if text else 0)
+        assert not text or (text in result.stderr and len(result.stderr.splitlines()) == 1)
 
 
 def test_a_dry_run_is_printed_once(ranks, arguments, tmp_path):  # noqa: F811

@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_on_stderr(arguments, tmp_path):
 def start():
     """Starts the real command in a process of its own, as a shell does in the foreground."""
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import runpy; "
-    code += "runpy.run_module('loraserve.cli', run_name='__main__')"
+    code += "runpy.run_module('loraserve', run_name='__main__')"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     processes = []
 
