@@ -8,6 +8,7 @@ one by one, a tied `lm_head.weight` dropped, dtypes as stored. Pickles are only 
 import json
 import re
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ def read_safetensors(path: Path) -> Tensors:
 
 def _read_pickle(path: Path) -> Tensors:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # older files cannot be
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except Exception as error:  # torch raises many kinds for a file that is not a plain state dict

@@ -183,13 +183,15 @@ def fill(
             of a mapped file nothing then stays in memory.
     """
     rounded = {} if quantize is None else quantized_shapes(checkpoint.config)
+    # MiniMind's trainers write over their `.pth` in place, and a mapping does not outlive that.
+    copy = quantize is not None or checkpoint.format == "minimind"
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         target = name.removesuffix(".weight")
         if quantize is not None and target in rounded:
             cast(Linear, model.get_submodule(target)).quantize(tensor.to(device), quantize, dtype)
         else:
-            tensors[name] = tensor.to(device, dtype, copy=quantize is not None)
+            tensors[name] = tensor.to(device, dtype, copy=copy)
         if quantize is not None:
             page_out(tensor)
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -280,9 +280,10 @@ def test_tied_head_in_the_file_is_not_loaded_twice(hf_dir: Path) -> None:
     assert "lm_head.weight" not in checkpoint.tensors and compute(checkpoint) == before
 
 
-def test_pytorch_model_bin_is_the_same_base(hf_dir: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as before torch 1.6"])
+def test_pytorch_model_bin_is_the_same_base(hf_dir: Path, zipped: bool) -> None:
     before = read_checkpoint(hf_dir)
-    torch.save(before.tensors, hf_dir / "pytorch_model.bin")
+    torch.save(before.tensors, hf_dir / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (hf_dir / "model.safetensors").unlink()
     assert compute(read_checkpoint(hf_dir)) == compute(before)
 
