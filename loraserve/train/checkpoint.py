@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loraserve.errors import CheckpointError, Conflict, InvalidRequest, StorageError
 from loraserve.lora.files import storage_errors, write_file
+from loraserve.train.dataset import discard_dataset
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -89,6 +90,27 @@ def save_states(folder: Path, states: Sequence[RunState]) -> None:
         write_file(folder / CHECKPOINT, content.getvalue())
 
 
+def saved_quantize(folder: Path) -> str | None:
+    """How the runs of the checkpoint in `folder` keep the base, as `--quantize` has it; None if there is no checkpoint.
+
+    Raises CheckpointError: it cannot be read.
+    """
+    states = _read(folder, mapped=True)
+    return None if states is None else states[0].recipe.get("quantize") or "none"
+
+
+def _read(folder: Path, mapped: bool = False) -> list[RunState] | None:
+    """The states in `folder`; `mapped` ones take no memory before they are read."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        return [RunState(**state) for state in torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)]
+    except (OSError, RuntimeError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise CheckpointError(f"{path} cannot be read ({reason}); delete it or train without --resume") from None
+
+
 def load_states(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> list[RunState] | None:
     """Read the checkpoint in `folder`, None if there is none.
 
@@ -99,14 +121,9 @@ def load_states(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> list[Run
         CheckpointError: it cannot be read.
         InvalidRequest: it is of other runs, or was made with another recipe; every difference is named.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
+    states = _read(folder)
+    if states is None:
         return None
-    try:
-        states = [RunState(**state) for state in torch.load(path, map_location="cpu", weights_only=True)]
-    except (OSError, RuntimeError, TypeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise CheckpointError(f"{path} cannot be read ({reason}); delete it or train without --resume") from None
     if (saved := [state.name for state in states]) != list(recipes):
         raise InvalidRequest(
             f"the checkpoint in {folder} is of {_these(saved)} and not of {_these(list(recipes))}; give the command "
@@ -124,6 +141,25 @@ def load_states(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> list[Run
             "use the same options, or start over without --resume",
             param="resume",
         )
+    return states
+
+
+def load_or_clear(
+    folder: Path, folders: Iterable[Path], recipes: Mapping[str, dict[str, Any]] | None
+) -> list[RunState] | None:
+    """What to go on from, see `load_states`; if that is nothing, or recipes are not given, the folders are cleared.
+
+    Args:
+        folders: of each run, which may be `folder` itself.
+    """
+    states = None if recipes is None else load_states(folder, recipes)
+    if states is None:
+        own = {folder, *folders}
+        for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - own:  # of another set
+            discard_dataset(stale)
+            discard(stale)
+        for each in own:
+            discard(each)
     return states
 
 

@@ -27,9 +27,9 @@ from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest, LoraserveError, NotBetter, TrainingFailed, TrainingInterrupted
 from loraserve.registry import Registry
 from loraserve.train.allocator import give_back_large_tensors
-from loraserve.train.checkpoint import METRICS, RunState, discard, exclusive, load_states, resumable, save_states
+from loraserve.train.checkpoint import discard, exclusive, load_or_clear, resumable, save_states, saved_quantize
 from loraserve.train.dataset import discard_dataset
-from loraserve.train.memory import plan_for
+from loraserve.train.memory import Plan, plan_for
 from loraserve.train.options import TrainOptions
 from loraserve.train.publish import TrainResult, publish
 from loraserve.train.ranks import ALONE, Ranks
@@ -255,8 +255,7 @@ def _trained(
             ]
         if lead.memory_budget is not None:
             give_back_large_tensors()
-        batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
-        plan = plan_for(base, [run.weights for run in runs], batch, lead.memory_budget, lead.quantize)
+        plan = _plan(base, runs, folder, ranks)
         base.load_weights(plan.quantize)
         if plan.packed:
             base.model.pack_for_training()
@@ -264,7 +263,7 @@ def _trained(
             run.measure()
         identities = {run.label: run.identity for run in runs}
         _check_alike(identities, ranks)
-        states = ranks.from_lead(lambda: _states(folder, folders, identities if lead.resume else None))
+        states = ranks.from_lead(lambda: load_or_clear(folder, folders, identities if lead.resume else None))
         if not alone:
             print(f"training {len(runs)} adapters at once; {plan}", file=stream, flush=True)
         trained = _Trained(runs, folder, ranks)
@@ -279,6 +278,15 @@ def _trained(
             yield trained
 
 
+def _plan(base: Base, runs: Sequence[Run], folder: Path, ranks: Ranks) -> Plan:
+    """How the runs take their steps; those of a checkpoint go on in its bits if no others are asked for."""
+    lead = runs[0].options
+    saved = ranks.from_lead(lambda: saved_quantize(folder) if lead.resume else None)
+    how = saved if saved and lead.quantize == "auto" else lead.quantize
+    batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
+    return plan_for(base, [run.weights for run in runs], batch, lead.memory_budget, how)
+
+
 def _check_alike(identities: Mapping[str, dict[str, Any]], ranks: Ranks) -> None:
     lead = ranks.from_lead(lambda: identities)
     if lead != identities:
@@ -287,17 +295,3 @@ def _check_alike(identities: Mapping[str, dict[str, Any]], ranks: Ranks) -> None
         raise InvalidRequest(
             f"process {ranks.rank} has another {what} than process 0; give all of them the same files and options"
         )
-
-
-def _states(
-    folder: Path, folders: Sequence[Path], identities: Mapping[str, dict[str, Any]] | None
-) -> list[RunState] | None:
-    """What to go on from, see `load_states`; if that is nothing, or is not asked for, the folders are cleared."""
-    states = None if identities is None else load_states(folder, identities)
-    if states is None:
-        for stale in {path.parent for path in folder.glob(f"*/{METRICS}")} - set(folders):  # of another set
-            discard_dataset(stale)
-            discard(stale)
-        for each in {folder, *folders}:
-            discard(each)
-    return states

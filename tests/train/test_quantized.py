@@ -148,6 +148,34 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_in_the_same_bits_alone(how, 
     assert registry.load("robot").digest == whole.load("robot").digest
 
 
+def test_a_run_goes_on_in_the_bits_it_was_begun_in(base, base_dir, options, large_base, tmp_path):
+    """Whatever a larger or a smaller budget, or none, would choose when it is resumed."""
+
+    def run(megabytes, stream=None, **changed):
+        budget = megabytes and megabytes << 20
+        waiting = load_base(str(base_dir), device="cpu", dtype="float32", weights=False)
+        train(waiting, registry, replace(options, memory_budget=budget, **changed), stream or io.StringIO())
+        return registry.load("robot").digest, waiting.model.quantized
+
+    registry = Registry(tmp_path / "whole", base.shapes, base.fingerprint)
+    whole = run(29)
+    assert whole[1] == "int8"
+    for megabytes in (64, None, 29):
+        registry = Registry(tmp_path / f"adapters-{megabytes}", base.shapes, base.fingerprint)
+        with pytest.raises(TrainingInterrupted):
+            run(29, SignalAt("step 7/12", signal.SIGINT))
+        with pytest.raises(InvalidRequest, match="quantize was 'int8' and is None"):
+            run(64, quantize="none", resume=True)
+        assert run(megabytes, resume=True) == whole
+    registry = Registry(tmp_path / "adapters", base.shapes, base.fingerprint)
+    assert run(29, resume=True) == whole  # there is nothing yet
+    with pytest.raises(TrainingInterrupted):
+        run(34, SignalAt("step 7/12", signal.SIGINT))
+    with pytest.raises(InvalidRequest, match="a memory budget of 29 MB is too small"):
+        run(29, resume=True)
+    assert run(34, resume=True)[1] is None
+
+
 def test_a_base_in_memory_stays_as_it_is(base, options, tmp_path):
     registry = Registry(tmp_path / "adapters", base.shapes, base.fingerprint)
     with pytest.raises(InvalidRequest, match="quantize is int8, but the base is in memory"):
@@ -256,6 +284,15 @@ def test_a_budget_quantises_a_base_that_is_still_to_be_read_and_no_other(base, b
         chosen(waiting, 19)
 
 
+def test_bits_that_a_layer_cannot_have_are_not_planned(tmp_path, large_base):
+    odd = load_base(str(write_base(tmp_path / "odd", width=49)), device="cpu", dtype="float32", weights=False)
+    weights = trainable(odd)
+    with pytest.raises(InvalidRequest, match=r"quantize nf4 takes layers of 64·n weights, and model\.layers\.0\.mlp"):
+        plan_for(odd, [weights], [5], None, "nf4")
+    with pytest.raises(InvalidRequest, match=r"with the base's layers in int8.*MB, --max-seq-len"):
+        plan_for(odd, [weights], [5], 19 << 20)
+
+
 @pytest.fixture
 def command(base_dir, dialogue_file, tmp_path):
     given = f"train --base {base_dir} --data {dialogue_file} --adapters-dir {tmp_path / 'adapters'} --device cpu"
@@ -280,12 +317,3 @@ def test_a_library_that_is_missing_is_named_with_its_extra(command, monkeypatch,
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "pip install 'loraserve[bitsandbytes]', or use --quantize int8" in result.stderr
     assert not (tmp_path / "adapters").exists()
-def test_bits_that_a_layer_cannot_have_are_not_planned(tmp_path, large_base):
-    odd = load_base(str(write_base(tmp_path / "odd", width=49)), device="cpu", dtype="float32", weights=False)
-    weights = trainable(odd)
-    with pytest.raises(InvalidRequest, match=r"quantize nf4 takes layers of 64·n weights, and model\.layers\.0\.mlp"):
-        plan_for(odd, [weights], [5], None, "nf4")
-    with pytest.raises(InvalidRequest, match=r"with the base's layers in int8.*MB, --max-seq-len"):
-        plan_for(odd, [weights], [5], 19 << 20)
-
-
