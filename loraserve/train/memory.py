@@ -145,6 +145,7 @@ def plan_for(
     batch: Sequence[int],
     budget: int | None,
     how: str = "auto",
+    packing: bool = True,
 ) -> Plan:
     """The plan of a run that is about to start, or of several that share passes; see `plan`.
 
@@ -154,6 +155,7 @@ def plan_for(
         batch: rows of each dialogue that a pass of all may hold.
         how: the base's layers are kept, `none` or one of `quantize.QUANTIZATIONS`; `auto` quantises them if the budget
             needs it.
+        packing: whether the layers' weights may be laid out for the C kernels, see `Keeping`.
 
     Raises:
         InvalidRequest: no plan fits, or the base cannot be kept as `how` has it; the message has what would do.
@@ -170,7 +172,8 @@ def plan_for(
             able = [q for q in quantize.QUANTIZATIONS if quantize.fits(q, base.config)]
             allowed += [q for q in able if q != quantize.NF4 or quantize.installed()]
     others = [q for q in quantize.QUANTIZATIONS if q not in allowed and quantize.fits(q, base.config)]
-    return plan(together, keepings(base, allowed), batch, budget, others=keepings(base, others))
+    ways = ([way for way in same if packing or not way.packed] for same in keepings(base, allowed))
+    return plan(together, ways, batch, budget, others=keepings(base, others))
 
 
 def plan(

@@ -211,7 +211,7 @@ class Run:
         self.best.begin(loss, initial)
 
     def _judge(self, stack: AdapterStack | None) -> tuple[float, float | None]:
-        size, group = self.options.batch_size, self.dataset.samples_per_row
+        size, group = max(1, self.options.batch_size // self.ranks.size), self.dataset.samples_per_row
         rows = range(self.dataset.num_val)[self.ranks.rank :: self.ranks.size]
         parts = (rows[i : i + size] for i in range(0, len(rows), size))
         samples = ([s for row in part for s in self.dataset.val_samples(row)] for part in parts)

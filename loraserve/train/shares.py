@@ -1,18 +1,24 @@
-"""How the ranks of a run divide an optimizer step, and put together what comes of it.
+"""How the ranks of a run plan and divide an optimizer step, and put together what comes of it.
 
     gradient = Σ over ranks of the gradient of the rank's dialogues' summed losses / count of the whole window
 
 Every rank knows the whole window, and takes of it the dialogues, or pairs, that are its own: the longest one left goes
-to the rank with the fewest rows so far, over all micro-batches of the step and all adapters. A rank may get none.
+to the rank with the fewest rows so far, over all micro-batches of the step and all adapters. A rank may get none. Each
+plans for its own memory; all keep the base in the same bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from loraserve.base.load import Base
+from loraserve.base.quantize import QUANTIZATIONS
+from loraserve.lora.adapter import LoraWeight
 from loraserve.train.batch import PackedBatch, joined, passes
+from loraserve.train.memory import Plan, plan_for
 from loraserve.train.ranks import Ranks
 
 
@@ -23,6 +29,40 @@ def divide(sizes: Sequence[int], parts: int) -> list[int]:
         owners[i] = sums.index(min(sums))
         sums[owners[i]] += sizes[i]
     return owners
+
+
+def largest_share(batch: Sequence[int], micro_batches: int, parts: int) -> list[int]:
+    """What one of `parts` may have to run of a micro-batch, of its dialogues' sizes `batch`.
+
+    Args:
+        micro_batches: of a step, which is divided as a whole: of several, one of the parts may get one almost alone.
+    """
+    owners = divide(batch, max(1, parts // micro_batches))
+    shares = [[size for size, owner in zip(batch, owners, strict=True) if owner == part] for part in set(owners)]
+    return max(shares, key=sum)
+
+
+def plan_together(
+    base: Base,
+    adapters: Sequence[Mapping[str, LoraWeight]],
+    batch: Sequence[int],
+    budget: int | None,
+    how: str,
+    ranks: Ranks,
+) -> Plan:
+    """This rank's plan, see `plan_for`; the base is kept alike on all, as the rank with the least room for it must.
+
+    Args:
+        batch: rows of each dialogue of this rank's largest share.
+    """
+    own = plan_for(base, adapters, batch, budget, how)
+    plans = ranks.gather(own)
+    bits = max((each.quantize for each in plans), key=lambda each: QUANTIZATIONS.index(each) + 1 if each else 0)
+    packing = all(each.packed for each in plans)
+    if (own.quantize, own.packed) == (bits, packing):
+        return own
+    plan = plan_for(base, adapters, batch, budget, bits or "none", packing)
+    return plan if bits == own.quantize else replace(plan, reason="for want of memory in another process")
 
 
 def own_share(windows: Sequence[Sequence[PackedBatch]], ranks: Ranks) -> list[list[PackedBatch | None]]:

@@ -29,11 +29,12 @@ from loraserve.registry import Registry
 from loraserve.train.allocator import give_back_large_tensors
 from loraserve.train.checkpoint import discard, exclusive, load_or_clear, resumable, save_states, saved_quantize
 from loraserve.train.dataset import discard_dataset
-from loraserve.train.memory import Plan, plan_for
+from loraserve.train.memory import Plan
 from loraserve.train.options import TrainOptions
 from loraserve.train.publish import TrainResult, publish
 from loraserve.train.ranks import ALONE, Ranks
 from loraserve.train.run import Run
+from loraserve.train.shares import largest_share, plan_together
 from loraserve.train.signals import stop_signals
 from loraserve.train.step import advance_together
 from loraserve.train.summary import show_sweep
@@ -284,7 +285,8 @@ def _plan(base: Base, runs: Sequence[Run], folder: Path, ranks: Ranks) -> Plan:
     saved = ranks.from_lead(lambda: saved_quantize(folder) if lead.resume else None)
     how = saved if saved and lead.quantize == "auto" else lead.quantize
     batch = [length for run in runs for length in run.dataset.longest(run.options.batch_size)]
-    return plan_for(base, [run.weights for run in runs], batch, lead.memory_budget, how)
+    share = largest_share(batch, max(run.options.accumulation_steps for run in runs), ranks.size)
+    return plan_together(base, [run.weights for run in runs], share, lead.memory_budget, how, ranks)
 
 
 def _check_alike(identities: Mapping[str, dict[str, Any]], ranks: Ranks) -> None:

@@ -29,7 +29,7 @@ from tests.train.test_train_command import arguments, run, wait_for  # noqa: F40
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def rank(line, folder, environment, limit, fails_after):
+def rank(line, folder, environment, limit, fails_after, in_use):
     """One process of a run: `loraserve train` as torchrun starts it, which keeps its weights for the test."""
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -53,7 +53,9 @@ def rank(line, folder, environment, limit, fails_after):
     _Trained.loop = looped
     if fails_after is not None:
         Run.window = broken
-    memory.bytes_in_use = lambda base: 0  # which differs from one machine to the next
+    memory.bytes_in_use = lambda base: in_use or 0  # which differs from one machine to the next
+    if in_use is not None:
+        memory.weight_bytes = lambda config, dtype, how: (20 if how else 30) << 20
     with files_up_to(limit) if limit else contextlib.nullcontext():
         main(["train", *map(str, line)])
 
@@ -67,15 +69,21 @@ class Ranks:
             "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
         )
 
-    def start(self, line, limit=None, last=(), last_fails_after=None):
-        """Start all; `last` is what the last one alone has on its command line."""
+    def start(self, line, limit=None, last=(), last_fails_after=None, in_use=()):
+        """Start all.
+
+        Args:
+            last: what the last one alone has on its command line.
+            in_use: bytes of each without the base, which is then as if it had 30 MB, or 20 in fewer bits.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "GLOO_SOCKET_IFNAME": "lo"}
         meeting |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         for i in range(self.size):
             environment = meeting | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(self.size)}
             own = ([*line, *last], last_fails_after) if i == self.size - 1 else (line, None)
-            self.processes.append(FORKS.Process(target=rank, args=(own[0], self.folder, environment, limit, own[1])))
+            what = (own[0], self.folder, environment, limit, own[1], in_use[i] if in_use else None)
+            self.processes.append(FORKS.Process(target=rank, args=what))
             self.processes[-1].start()
         return self
 
@@ -224,6 +232,19 @@ def test_each_way_to_train_gives_what_one_process_gives(ranks, settings, tmp_pat
     assert [path.name for path in (tmp_path / "adapters" / ".training").iterdir()] == ["robot.lock"]
 
 
+@pytest.mark.parametrize("in_use", [(0, 10 << 20), (10 << 20, 0)])
+def test_all_keep_the_base_in_the_bits_that_one_of_them_needs(ranks, settings, tmp_path, in_use):
+    """Catches ranks that choose for themselves, and would train on different bases."""
+    together = ranks([*settings, "--memory-budget", "35MB"], in_use=in_use)
+    assert together.codes() == [0, 0], together.logs()
+    assert_same_bits(together)
+    reason = "otherwise the least is" if in_use[0] else "for want of memory in another process"
+    assert f"the base's layers in int8 ({reason}" in together.logs()[0]
+    assert Registry(tmp_path / "adapters").get("robot").manifest.recipe["quantize"] == "int8"
+    assert run(*settings, "--adapters-dir", tmp_path / "alone", "--quantize", "int8").exit_code == 0
+    assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
+
+
 @pytest.mark.slow
 def test_preference_pairs_are_learned_as_by_one_process(ranks, settings, tmp_path, write_rows):
     def messages(question, answer):
@@ -357,11 +378,6 @@ def test_a_disk_that_is_full_ends_all_and_the_run_goes_on_when_there_is_room(ran
     assert_alike(Registry(tmp_path / "adapters"), Registry(tmp_path / "alone"))
 
 
-def test_a_dry_run_is_printed_once(ranks, arguments, tmp_path):  # noqa: F811
-    together = ranks([*arguments, "--dry-run"])
-    assert together.codes() == [0, 0]
-    shown, silent = together.logs()
-    assert shown.count("14 accepted") == 1 and silent == ""
 @pytest.mark.parametrize(
     ("environment", "text"),
     [
@@ -388,3 +404,8 @@ def test_an_environment_that_says_half_of_it_is_refused(arguments, monkeypatch, 
         assert not text or (text in result.stderr and len(result.stderr.splitlines()) == 1)
 
 
+def test_a_dry_run_is_printed_once(ranks, arguments, tmp_path):  # noqa: F811
+    together = ranks([*arguments, "--dry-run"])
+    assert together.codes() == [0, 0]
+    shown, silent = together.logs()
+    assert shown.count("14 accepted") == 1 and silent == ""

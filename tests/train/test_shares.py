@@ -2,7 +2,7 @@ import pytest
 
 from loraserve.train.batch import joined, pack
 from loraserve.train.ranks import Ranks
-from loraserve.train.shares import divide, own_share
+from loraserve.train.shares import divide, largest_share, own_share
 from tests.train.test_step import random_samples
 
 
@@ -12,6 +12,14 @@ def test_a_step_is_divided_by_rows_and_loses_none():
     sums = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == part) for part in range(2)]
     assert sum(sums) == sum(sizes) and abs(sums[0] - sums[1]) <= 2
     assert divide([4], 3) == [0] and divide([], 2) == []
+
+
+def test_a_rank_has_to_hold_its_largest_share_and_of_several_micro_batches_up_to_a_whole_one():
+    batch = [10, 20, 30, 40]
+    assert largest_share(batch, 1, 1) == batch and sum(largest_share(batch, 1, 2)) == 50
+    assert sum(largest_share([10, 90], 1, 2)) == 90 and largest_share([7], 1, 3) == [7]
+    assert largest_share(batch, 2, 2) == largest_share(batch, 8, 3) == batch
+    assert sum(largest_share(batch, 2, 4)) == 50
 
 
 @pytest.mark.parametrize("group", [1, 2])
