@@ -147,8 +147,9 @@ def assert_alike(together, alone, name="robot"):
     ours, theirs = together.load(name).weights, alone.load(name).weights
     assert ours.keys() == theirs.keys()
     for target, weight in ours.items():
-        torch.testing.assert_close(weight.A, theirs[target].A, atol=3e-3, rtol=0)
-        torch.testing.assert_close(weight.B, theirs[target].B, atol=3e-3, rtol=0)
+        assert weight.named_tensors.keys() == theirs[target].named_tensors.keys()
+        for name, tensor in weight.named_tensors.items():
+            torch.testing.assert_close(tensor, theirs[target].named_tensors[name], atol=3e-3, rtol=0)
     assert max(weight.B.abs().max() for weight in ours.values()) > 1e-2
 
 
@@ -203,6 +204,8 @@ SETTINGS = {
     "lonely": "--batch-size 1 --val-split 0.1 --patience 1 --epochs 4",
     "half": "--batch-size 1 --dtype float16",
     "budget": "--memory-budget 3MB --batch-size 8 --epochs 3",
+    "dora": "--dora --val-split 0.1 --accumulation-steps 2",
+    "quantized": "--quantize int8 --val-split 0.1",
 }
 
 
@@ -212,7 +215,7 @@ SETTINGS = {
         ("accumulation", 2),
         *(
             pytest.param(name, size, marks=pytest.mark.slow)
-            for name, size in zip(SETTINGS, (3, 2, 3, 2, 2), strict=True)
+            for name, size in zip(SETTINGS, (3, 2, 3, 2, 2, 2, 3), strict=True)
         ),
     ],
 )
