@@ -1,7 +1,8 @@
 """The identity of a base: a sha256 over its canonical tensors in float16.
 
 A `.pth` and its Hugging Face export, experts fused or not, have the same fingerprint, for they hold the same model.
-Hashing a large base takes a second, so results are remembered by path, size and modification time.
+Hashing a large base takes a second, so results are remembered by path, size and modification time, on disk and, where
+that cannot be, by the process.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import torch
 
 from loraserve.base.checkpoint import Checkpoint
 
+_computed: dict[str, str] = {}
+
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return `sha256:<hex>` of a checkpoint, from the cache where its files have not changed since."""
@@ -23,9 +26,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     except (OSError, ValueError):
         known = {}
     known = known if isinstance(known, dict) else {}
-    if isinstance(known.get(key), str):
-        return known[key]
-    value = compute(checkpoint)
+    if isinstance(remembered := known.get(key, _computed.get(key)), str):
+        return remembered
+    value = _computed[key] = compute(checkpoint)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         scratch = cache.with_suffix(f".{os.getpid()}")

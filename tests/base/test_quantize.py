@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from loraserve.base import quantize
 from loraserve.base.attention import PackedAttention
 from loraserve.base.linear import Linear
 from loraserve.base.load import Base, load_base
+from loraserve.base.mapped import page_out
 from loraserve.errors import CheckpointError, InvalidRequest
 from loraserve.train.memory import weight_bytes
 from tests.train.conftest import write_base
@@ -170,15 +172,26 @@ print(int(peak) * 1024 - before)
 """
 
 
+def pages_go(file: Path) -> bool:
+    """Whether memory under a mapped file can be let go; on a tmpfs it cannot."""
+    bytes_of = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+    before = psutil.Process().memory_info().rss
+    bytes_of.sum()
+    page_out(bytes_of)
+    return psutil.Process().memory_info().rss - before < len(bytes_of) / 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process its peak")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "base.pth"])
 def test_reading_a_base_in_fewer_bits_takes_no_more_than_they_do(name: str, tmp_path: Path) -> None:
-    """Catches a file of 75 MB in memory as a whole, beside the 38 MB that are kept of it."""
+    """Catches a file of 151 MB in memory as a whole, beside the 38 MB that are kept of it."""
     folder = write_base(tmp_path / "large", hidden=512, width=8192)
-    tensors = {key: tensor.half() for key, tensor in load_file(folder / "model.safetensors").items()}
-    (folder / "model.safetensors").unlink()
-    (save_file if name.endswith("safetensors") else torch.save)(tensors, folder / name)
+    if name != "model.safetensors":
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
     os.sync()  # pages that are still to be written stay in memory
+    if not pages_go(folder / name):
+        pytest.skip("on this file system pages of files stay in memory")
     path = folder / name if name.endswith(".pth") else folder
     base = load_base(str(path), device="cpu", dtype="float32", weights=False)  # remembers the fingerprint
     kept = weight_bytes(base.config, base.dtype, "int8")
@@ -186,7 +199,7 @@ def test_reading_a_base_in_fewer_bits_takes_no_more_than_they_do(name: str, tmp_
     command = [sys.executable, "-c", READING, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert 0.8 * kept < int(done.stdout) < kept + (32 << 20), (kept, done.stdout)
+    assert 0.8 * kept < int(done.stdout) < kept + (80 << 20), (kept, done.stdout)
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
