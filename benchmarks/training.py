@@ -56,6 +56,7 @@ def loraserve(base: Path, dtype: str, total: int, _minimind: Path | None) -> Ste
     from loraserve.train.batch import pack
     from loraserve.train.data import Sample
     from loraserve.train.initial import initial_weights
+    from loraserve.train.memory import ENOUGH_ROWS
     from loraserve.train.step import AdapterOptimizer
 
     loaded = load_base(str(base), dtype=dtype)
@@ -63,7 +64,9 @@ def loraserve(base: Path, dtype: str, total: int, _minimind: Path | None) -> Ste
     targets = expand_targets("all-linear", loaded.shapes)
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=tuple(targets))
     weights = initial_weights(targets, loaded.shapes, config, normal=False, seed=0, device=loaded.device)
-    optimizer = AdapterOptimizer(loaded.model, weights, total_steps=total, peak_learning_rate=RATE)
+    optimizer = AdapterOptimizer(
+        loaded.model, weights, total_steps=total, peak_learning_rate=RATE, max_rows=ENOUGH_ROWS
+    )
 
     def step(batch: Batch) -> float:
         samples = [

@@ -32,6 +32,8 @@ from loraserve.train.loss import CHUNK_ROWS
 
 MOMENTS_AND_GRADIENT = 12
 """Bytes of each of the adapter's parameters beside the parameter itself."""
+ENOUGH_ROWS = 1024
+"""Of a pass on a CPU: more take more memory and are no faster. A router's balance is that of a whole batch."""
 UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}
 
 
@@ -173,7 +175,8 @@ def plan_for(
             allowed += [q for q in able if q != quantize.NF4 or quantize.installed()]
     others = [q for q in quantize.QUANTIZATIONS if q not in allowed and quantize.fits(q, base.config)]
     ways = ([way for way in same if packing or not way.packed] for same in keepings(base, allowed))
-    return plan(together, ways, batch, budget, others=keepings(base, others))
+    enough = ENOUGH_ROWS if base.device.type == "cpu" and not base.config.num_experts else None
+    return plan(together, ways, batch, budget, others=keepings(base, others), enough=enough)
 
 
 def plan(
@@ -184,6 +187,7 @@ def plan(
     *,
     splitting: bool = True,
     others: Iterable[Sequence[Keeping]] = (),
+    enough: int | None = None,
 ) -> Plan:
     """Choose how to take steps over batches of up to `batch`, the longest dialogues that one may hold, within `budget`.
 
@@ -193,9 +197,10 @@ def plan(
     Args:
         keepings: ways to keep the base, the best first, in groups of the same bits.
         batch: rows of each dialogue.
-        budget: bytes; None plans whole batches, whatever they need.
+        budget: bytes; None plans what is fastest, whatever it needs.
         splitting: whether batches may be split.
         others: ways that are not to be chosen, and named if they would fit where none of `keepings` does.
+        enough: rows beyond which a pass is no faster, so that without a budget longer batches are split, too.
 
     Raises:
         InvalidRequest: no plan fits; the message has what would.
@@ -206,7 +211,9 @@ def plan(
     for same in keepings:
         how = same[0].quantize
         if budget is None:
-            return Plan(same[0].resident + needs.peak(rows, False), quantize=how, packed=same[0].packed)
+            few = max(enough, longest) if enough is not None and enough < rows else None
+            peak = same[0].resident + needs.peak(few or rows, False)
+            return Plan(peak, max_rows=few, quantize=how, packed=same[0].packed)
         reason = f"otherwise the least is {size(_least(needs, tried, least))}" if tried else ""
         tried += same
         for checkpointing in (False, True):

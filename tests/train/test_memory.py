@@ -59,6 +59,14 @@ NEEDS = Footprint(adapter=1000, block=40, kept_input=10, num_blocks=5, working=2
 """225 bytes a row, 115 with checkpointing."""
 
 
+def test_without_a_budget_a_pass_is_no_longer_than_what_is_enough() -> None:
+    ways, batch = [[Keeping(1000)]], [64, 30, 6]
+    whole, split = plan(NEEDS, ways, batch, None), plan(NEEDS, ways, batch, None, enough=80)
+    assert whole.max_rows is None and split.max_rows == 80 and split.peak < whole.peak
+    assert plan(NEEDS, ways, batch, None, enough=100) == whole
+    assert plan(NEEDS, ways, batch, None, enough=10).max_rows == 64, "a dialogue is never split"
+
+
 def test_a_plan_takes_first_what_costs_no_time():
     batch, resident = [50, 100], 10_000
     whole = plan(NEEDS, [[Keeping(resident)]], batch, None)
