@@ -71,6 +71,6 @@ class Generation:
 
     def cancel(self) -> None:
         """Stop generating and free the slot before the next step. Idempotent, callable from any thread."""
-        self._done = True
+        self._done, self._failure = True, None  # whatever failed since then concerns nobody
         self._worker.abort(self._sequence)
         self._outbox.put(Token(-1, "abort"))  # wakes a thread that waits in `next`

@@ -4,7 +4,7 @@ A failure of one request fails that request. A crash of the step fails every wai
 readiness; nothing hangs. An aborted sequence frees its slot before the next step.
 
 Who reads is woken at once for the first token and the last, and between them as often as WAKE_UPS leaves for each: to
-wake sixty threads after every step would take a fifth of the processor from the model.
+wake sixty threads after every step would take much of the processor from the model.
 """
 
 import logging
