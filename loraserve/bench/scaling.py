@@ -145,8 +145,18 @@ def _measure(process: Process, case: Case, repeats: int) -> dict[str, float]:
     rows = []
     for round_number in range(repeats + 1):
         row = process.ask(replace(case, seed=round_number))
-        first = row["ttft_ms"] / 1e3
-        row["prompt_tokens_per_s"] = case.clients * case.prompt / first
-        row["decode_tokens_per_s"] = case.clients * (case.new - 1) / (row["tokens"] / row["tokens_per_s"] - first)
+        row |= _rates(case, first=row["ttft_ms"] / 1e3, seconds=row["tokens"] / row["tokens_per_s"])
         rows.append(row)
     return {key: round(statistics.median(row[key] for row in rows[1:]), 2) for key in FIGURES}  # the first is a warm-up
+
+
+def _rates(case: Case, first: float, seconds: float) -> dict[str, float]:
+    """Tokens read a second until the `first` ones are written, and written a second from then on.
+
+    An event may hold several tokens: of answers that came in one, the whole time counts as that of writing.
+    """
+    writing = seconds - first
+    return {
+        "prompt_tokens_per_s": case.clients * case.prompt / first,
+        "decode_tokens_per_s": case.clients * (case.new - 1) / (writing if writing > 1e-6 else seconds),
+    }

@@ -228,6 +228,12 @@ def test_scaling_measures_every_point_once_and_draws_it(tmp_path: Path) -> None:
     size_of(curve_picture(result["sweeps"]["batch"], result))
 
 
+def test_an_answer_in_one_event_still_has_a_rate() -> None:
+    case = Case("2", 2, 2, prompt=8, new=4)
+    assert scaling._rates(case, first=0.5, seconds=2.0) == {"prompt_tokens_per_s": 32, "decode_tokens_per_s": 4}
+    assert scaling._rates(case, first=0.5, seconds=0.5) == {"prompt_tokens_per_s": 32, "decode_tokens_per_s": 12}
+
+
 def test_lines_far_apart_have_a_panel_each() -> None:
     """On one scale from 0 the lower one would lie on the axis."""
 
