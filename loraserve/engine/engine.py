@@ -1,6 +1,7 @@
 """The engine: `schedule → run → postprocess`. Token ids in, token ids out; not thread-safe, see `worker`."""
 
 import time
+from collections.abc import Callable
 
 from loraserve.engine.runner import Runner
 from loraserve.engine.scheduler import Chunk, Scheduler
@@ -53,10 +54,14 @@ class Engine:
             self._runner.clear(sequence, 0, sequence.num_tokens)
         self._release(sequence, sound)
 
-    def step(self) -> list[tuple[Sequence, Event]]:
+    def step(self, meanwhile: Callable[[bool], None] = lambda reads_prompts: None) -> list[tuple[Sequence, Event]]:
         """Advance every scheduled sequence; return the tokens that were generated, with reasons to stop.
 
         A sequence whose logits are not finite ends with NotFinite; the others never notice.
+
+        Args:
+            meanwhile: called, once or more, when all that is left is for the model to compute, if anything is, with
+                whether prompts are among it, which take longer.
         """
         chunks = self.scheduler.schedule(time.monotonic())
         self._stalled = not chunks
@@ -64,7 +69,8 @@ class Engine:
             return []
         for copy in self.scheduler.copies:
             self._runner.copy(copy.source, copy.target, copy.count)
-        sampled = self._runner.run(chunks)
+        reads_prompts = any(chunk.count > 1 for chunk in chunks)
+        sampled = self._runner.run(chunks, lambda: meanwhile(reads_prompts))
         self.num_steps += 1
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.count

@@ -5,6 +5,7 @@ and values lie in one cache.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,18 +65,26 @@ class Runner:
             self._graphs = graphs.DecodeGraphs(model, cache, graphs.cuda_graphs())
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:
+    def run(
+        self, chunks: list[Chunk], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[tuple[Chunk, list[Token | None]]]:
         """Compute the chunks; return for each that samples a new token, and one more after each of its drafts.
 
         None stands for logits that are not finite.
+
+        Args:
+            meanwhile: called, once or more, as late as can be before the model computes.
         """
         by_model: dict[Any, list[Chunk]] = {}
         for chunk in chunks:
             by_model.setdefault(chunk.sequence.merged, []).append(chunk)
-        return [result for merged, own in by_model.items() for result in self._forward(merged, own)]
+        return [result for merged, own in by_model.items() for result in self._forward(merged, own, meanwhile)]
 
-    def _forward(self, merged: Any, chunks: list[Chunk]) -> list[tuple[Chunk, list[Token | None]]]:
+    def _forward(
+        self, merged: Any, chunks: list[Chunk], meanwhile: Callable[[], None]
+    ) -> list[tuple[Chunk, list[Token | None]]]:
         if merged is None and self._graphs is not None and (replayed := self._graphs.run(chunks)) is not None:
+            meanwhile()
             return _sampled(replayed, chunks)
         ids: list[int] = []
         positions: list[int] = []
@@ -85,14 +94,11 @@ class Runner:
             positions += range(chunk.start, chunk.start + chunk.num_rows)
             if chunk.samples:
                 rows += range(len(ids) - len(chunk.drafts) - 1, len(ids))
-        where = torch.tensor(positions, device=self._device)
-        logits = (self._model if merged is None else merged.model)(
-            torch.tensor(ids, device=self._device),
-            where,
-            CachedAttention(self._cache, chunks, where, self._deterministic),
-            self._lora_batch(chunks),
-            rows=torch.tensor(rows, dtype=torch.int64) if len(rows) < len(ids) else None,
-        )
+        input_ids, where = torch.tensor(ids, device=self._device), torch.tensor(positions, device=self._device)
+        attention, lora = CachedAttention(self._cache, chunks, where, self._deterministic), self._lora_batch(chunks)
+        sampling = torch.tensor(rows, dtype=torch.int64) if len(rows) < len(ids) else None
+        meanwhile()
+        logits = (self._model if merged is None else merged.model)(input_ids, where, attention, lora, rows=sampling)
         return _sampled(logits, [chunk for chunk in chunks if chunk.samples])
 
     def clear(self, sequence: Sequence, start: int, count: int) -> None:

@@ -4,7 +4,9 @@ A failure of one request fails that request. A crash of the step fails every wai
 readiness; nothing hangs. An aborted sequence frees its slot before the next step.
 
 Who reads is woken at once for the first token and the last, and between them as often as WAKE_UPS leaves for each: to
-wake sixty threads after every step would take much of the processor from the model.
+wake sixty threads after every step would take much of the processor from the model. They are woken when the next step
+has come to the model, whose products let other threads run: before, they would take the interpreter from the engine.
+Nobody waits for a token that is there while a step reads prompts.
 """
 
 import logging
@@ -88,6 +90,8 @@ class Worker:
         self._max_requests = max_requests
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[Sequence, _Outbox] = {}
+        self._ready: list[tuple[_Outbox, list[Event]]] = []
+        """Who is to be woken next, and for what. The engine's thread alone touches it."""
         self._lock = threading.RLock()  # guards _outboxes and _failure; who joins may have to fail others
         self._failure: str | None = "the engine is not started"
         self.num_submitted = 0
@@ -151,7 +155,7 @@ class Worker:
         self._inbox.put(function)
 
     def abort(self, sequence: Sequence) -> None:
-        """Drop a sequence; nothing more arrives in its queue. Harmless if it has ended."""
+        """Drop a sequence; nothing that is generated from now on arrives in its queue. Harmless if it has ended."""
         self._end(sequence)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -178,7 +182,8 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._drain():
-                self._step()
+                events = self._engine.step(self._deliver)  # which leaves another list of who is ready
+                self._ready += self._due(events)
             self._fail("the engine has been stopped")
         except Exception as error:
             log.exception("the engine's step crashed")
@@ -195,15 +200,31 @@ class Worker:
 
     def _take(self) -> bool:
         """Run the next command. In a scope of its own, so that no ended request is kept while waiting for the next."""
+        if not self._engine.has_work:
+            self._deliver()
         command = self._inbox.get(block=not self._engine.has_work)
         if command is None:
             return False
+        if isinstance(command, _Call):  # which may compute as long as a step
+            self._deliver()
         command()
         return True
 
-    def _step(self) -> None:
-        for outbox, events in self._due(self._engine.step()):
+    def _deliver(self, reads_prompts: bool = False) -> None:
+        """Wake who is ready, and before a step that reads prompts whoever a token is held for."""
+        if reads_prompts:
+            self._ready += self._held()
+        ready, self._ready = self._ready, []
+        for outbox, events in ready:
             outbox.deliver(events)
+
+    def _held(self) -> list[tuple[_Outbox, list[Event]]]:
+        """Take what readers have not been woken for."""
+        with self._lock:
+            found = [(outbox, outbox.held) for outbox in self._outboxes.values() if outbox.held]
+            for outbox, _ in found:
+                outbox.held = []
+        return found
 
     def _due(self, events: list[tuple[Sequence, Event]]) -> list[tuple[_Outbox, list[Event]]]:
         """Who is to be woken, and for what. Who reads that a request has ended finds its adapter free."""
@@ -227,6 +248,7 @@ class Worker:
         return due
 
     def _fail(self, reason: str) -> None:
+        self._deliver()
         with self._lock:
             self._failure = reason
             waiting, self._outboxes = self._outboxes, {}

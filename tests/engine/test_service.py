@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from loraserve.engine.generation import Generation
 from loraserve.engine.llm import LLM
 from loraserve.engine.params import SamplingParams
+from loraserve.engine.scheduler import Chunk
 from loraserve.engine.service import Service
 from loraserve.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, NotFinite, NotReady, QueueFull
 from loraserve.lora.adapter import Adapter, LoraWeight
@@ -56,7 +58,7 @@ def test_crash_of_a_step_fails_every_waiter_and_ends_readiness(base, registry, m
     generations = [service.generate([5], (), ENDLESS) for _ in range(3)]
     next(generations[0])
 
-    def crash(chunks: object) -> None:
+    def crash(chunks: object, meanwhile: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(service._engine._runner, "run", crash)
@@ -94,6 +96,77 @@ def test_what_a_reader_was_not_woken_for_comes_before_the_error(base, registry, 
     assert len(next(generation).token_ids) >= 9
     with pytest.raises(NotReady, match="stopped"):
         next(generation)
+
+
+def test_nobody_waits_for_a_token_while_a_prompt_is_read(base, registry, monkeypatch) -> None:
+    """Else a token that is there would come after a neighbour's long prompt."""
+    monkeypatch.setattr("loraserve.engine.worker.WAKE_UPS", 0.001)
+    service = Service(base, registry, max_model_len=2048, speculate=0)
+    service.start()
+    reading: list[tuple[int, int]] = []
+    run = service._engine._runner.run
+
+    def watched(chunks: list[Chunk], meanwhile: Callable[[], None]) -> object:
+        if any(chunk.count > 1 for chunk in chunks):
+            meanwhile()
+            reading.append((len(first._sequence.output_token_ids), first._outbox.qsize()))
+        return run(chunks, meanwhile)
+
+    first = service.generate([5], (), SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True))
+    assert len(next(first).token_ids) == 1
+    while len(first._sequence.output_token_ids) < 10:
+        time.sleep(0.001)
+    assert first._outbox.empty()
+    monkeypatch.setattr(service._engine._runner, "run", watched)
+    second = service.generate([5, 6, 7, 8], (), SamplingParams(max_tokens=1, temperature=0.0))
+    assert len(list(second)) == 1
+    service.stop()
+    assert reading and reading[0][0] >= 10 and reading[0][1] == reading[0][0] - 1, "all but the one that was read"
+
+
+def test_readers_are_woken_when_the_model_computes_and_before_whoever_else_asks_the_engine(
+    base, registry, monkeypatch
+) -> None:
+    """Before, each of them would take the interpreter from the engine; and none waits for a call that computes."""
+    monkeypatch.setattr("loraserve.engine.worker.WAKE_UPS", 1e9)
+    service = Service(base, registry, max_model_len=2048, speculate=0)
+    service.start()
+    runner, seen = service._engine._runner, []
+    prepared, model = runner._lora_batch, runner._model.forward
+    generation = service.generate([5], (), SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True))
+    next(generation)
+    outbox = generation._outbox
+
+    def preparing(chunks: list[Chunk]) -> object:
+        seen.append(("prepares", len(service._worker._ready)))
+        return prepared(chunks)
+
+    def computing(*args: object, **kwargs: object) -> object:
+        seen.append(("computes", len(service._worker._ready)))
+        return model(*args, **kwargs)
+
+    runner._lora_batch, runner._model.forward = preparing, computing
+    try:
+        while len(seen) < 10:
+            time.sleep(0.001)
+        steps = seen[2:10]
+        assert service._worker.call(lambda: len(service._worker._ready)) == 0
+    finally:
+        del runner._lora_batch, runner._model.forward
+        service.stop()
+    assert set(steps) == {("prepares", 1), ("computes", 0)} and not outbox.empty()
+
+
+def test_an_answer_that_a_stop_string_ended_is_not_failed_by_what_comes_after_it(service) -> None:
+    generation = service.generate([5], (), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+    text = "".join(piece.text for piece in generation)
+    stop = text[len(text) // 2 :][:2]
+    ended = service.generate([5], (), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, stop=(stop,)))
+    while ended._outbox.qsize() < 20:
+        time.sleep(0.001)
+    ended._outbox.put(NotReady("the engine crashed"))
+    (piece,) = ended
+    assert piece.finish_reason == "stop" and piece.text == text[: text.index(stop)]
 
 
 def test_stopping_fails_what_is_in_flight(base, registry) -> None:
