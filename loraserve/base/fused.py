@@ -1,8 +1,8 @@
 """The decoder's forward pass over kernels: what `Decoder.forward` computes, in a fifth of the calls.
 
 Between two matrix products one kernel does all there is to do, and the residual stream stays in float32. For inference
-with packed weights only; the plain pass is the tests' oracle. A step in which every row decodes is a single call on a
-CPU, see `kernels/decoder.py`; that computes the same bits.
+with packed weights only; the plain pass is the tests' oracle. A step in which every row attends by itself, as those do
+that decode, is a single call on a CPU, see `kernels/decoder.py`; that computes the same bits.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def hidden_states(
         entries = lora.in_one_call(cpu) if lora is not None else None
         if lora is None or entries is not None:
             adapters = lora.stack.sites(one.sites, dtype) if lora is not None else None
-            return one.kernel.run(embedded, table, positions, attention.max_position, cached, adapters, entries)
+            return one.kernel.run(embedded, table, positions, cached, adapters, entries)
     x, y = embedded.float(), None
     kernels = _kernels(embedded)
 

@@ -19,6 +19,9 @@ from loraserve.engine.scheduler import Chunk
 from loraserve.kernels import cpu, dispatch
 from loraserve.kernels.decoder import CachedRows
 
+SHORT = 128
+"""Tokens of a prompt that a CPU's kernel, row by row, attends to faster than torch, see benchmarks/attention.py."""
+
 
 class KVCache:
     """Preallocated keys and values of `num_slots` sequences of up to `max_model_len` tokens."""
@@ -61,7 +64,8 @@ class CachedAttention:
     """The attention of one step over a KVCache: writes the new keys and values, then attends to each slot's history.
 
     Args:
-        chunks: the step's chunks, those of one token first; their tokens and drafts are the rows, in order.
+        chunks: the step's chunks, those of one token first; their tokens and drafts are the rows, in order. The kernel
+            takes them from the first on, up to a prompt that is not SHORT.
         repeatable: a row's result must not depend on the rows beside it, so every row is attended to by itself.
     """
 
@@ -73,17 +77,18 @@ class CachedAttention:
         self.max_position = max(chunk.start + chunk.num_rows for chunk in chunks)
         of_rows = [chunk.sequence.slot for chunk in chunks for _ in range(chunk.num_rows)]
         self._slots = torch.tensor(of_rows, device=device)  # (N,)
-        decoding = list(itertools.takewhile(lambda chunk: chunk.count == 1, chunks))
-        prompts = chunks[len(decoding) :]
-        b = sum(chunk.num_rows for chunk in decoding)
+        short = SHORT if self._kernels is cpu else 0
         if repeatable and self._kernels:
-            b, prompts = len(of_rows), []
-        self._num_decoding = b
+            short = cache.max_model_len
+        alone = list(itertools.takewhile(lambda chunk: chunk.count == 1 or chunk.start + chunk.count <= short, chunks))
+        prompts = chunks[len(alone) :]
+        b = sum(chunk.num_rows for chunk in alone)
+        self._num_alone = b
         in_c = self._kernels is cpu and b == len(of_rows)
         self.cached = CachedRows(cache.pointers, cache.max_model_len, self._slots) if in_c else None
         self._prompts: list[tuple[slice, int, int, Tensor | None]] = []
         if b and not self._kernels:
-            self._length = max(chunk.start + chunk.num_rows for chunk in decoding)
+            self._length = max(chunk.start + chunk.num_rows for chunk in alone)
             seen = torch.arange(self._length, device=device) <= positions[:b, None]  # (B, L)
             self._seen = seen[:, None, None]  # (B, 1, 1, L)
             first = of_rows[0]
@@ -101,7 +106,7 @@ class CachedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (N, H, D)
-        b = self._num_decoding
+        b = self._num_alone
         if self._kernels:
             self._kernels.store_and_attend(
                 q, k, v, keys, values, self._slots, self._positions, b, self.max_position, out

@@ -31,7 +31,7 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 SIGNATURES = {
     "add_rms_norm": "ppppiifi",
     "norm_and_rotate": "piiiiippfipp",
-    "store_and_attend": "pppiiippippiiiiifppi",
+    "store_and_attend": "pppiiippippiiiiifp",
     "silu_and_multiply": "ppii",
     "add_deltas": "pipiipppipppppip",
     "multiply": "pppiiip",

@@ -85,9 +85,10 @@ void FN(norm_and_rotate)(T *qkv, int64_t n, int64_t stride, int64_t h, int64_t k
     }
 }
 
-/* `queries` of one key head (queries, d) over its past (length, d), d of `lanes` vectors; out (queries, d). */
+/* `queries` of one key head (queries, d) over its past (length, d), d of `lanes` vectors; out (queries, d), scores
+   (queries, length). */
 INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t length, const int64_t queries,
-                       const int64_t lanes, float scale, T *out, float *scores, int64_t longest) {
+                       const int64_t lanes, float scale, T *out, float *scores) {
     const int64_t d = lanes * WIDTH, pieces = (d + FN(SPAN) - 1) / FN(SPAN);
     vector query[QUERIES][MAX_HEAD_DIM / WIDTH], sum[QUERIES][MAX_HEAD_DIM / WIDTH];
     for (int64_t g = 0; g < queries; g++)
@@ -102,11 +103,11 @@ INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t len
             vector key = FN(PIECE)(past_k + t * d, j, d);
             for (int64_t g = 0; g < queries; g++) dot[g] = FN(meet)(dot[g], query[g][j], key);
         }
-        for (int64_t g = 0; g < queries; g++) scores[g * longest + t] = sum_of(dot[g]) * scale;
+        for (int64_t g = 0; g < queries; g++) scores[g * length + t] = sum_of(dot[g]) * scale;
     }
     float total[QUERIES] = {0};
     for (int64_t g = 0; g < queries; g++) {
-        float *score = scores + g * longest, most = score[0], all = 0;
+        float *score = scores + g * length, most = score[0], all = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < length; t++) most = score[t] > most ? score[t] : most;
 #pragma omp simd reduction(+ : all)
@@ -122,18 +123,18 @@ INLINE void FN(attend)(const T *q, const T *past_k, const T *past_v, int64_t len
         for (int64_t j = 0; j < lanes; j++) {
             vector value = FN(load)(past_v + t * d + j * WIDTH);
             for (int64_t g = 0; g < queries; g++)
-                sum[g][j] = add_product(sum[g][j], scores[g * longest + t] - (vector){0}, value);
+                sum[g][j] = add_product(sum[g][j], scores[g * length + t] - (vector){0}, value);
         }
     for (int64_t g = 0; g < queries; g++)
         for (int64_t j = 0; j < lanes; j++) FN(store)(out + g * d + j * WIDTH, sum[g][j] / total[g], WIDTH);
 }
 
-/* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, one token each.
-   Cache (slots, kv, max_len, d); q, k, v are heads of rows of their strides; out (n, h, d); scratch (decoding, h, longest). */
+/* Store the keys and values of n rows in their slots; then attend for the first `decoding` rows, each by itself.
+   Cache (slots, kv, max_len, d); q, k, v are heads of rows of their strides; out (n, h, d). */
 void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, int64_t k_stride,
                           int64_t v_stride, T *keys, T *values, int64_t max_len,
                           const int64_t *slots, const int64_t *positions, int64_t n, int64_t decoding, int64_t h,
-                          int64_t kv, int64_t d, float scale, T *out, float *scratch, int64_t longest) {
+                          int64_t kv, int64_t d, float scale, T *out) {
     int64_t group = h / kv;
 #pragma omp parallel for if (n > 1)
     for (int64_t i = 0; i < n; i++)
@@ -147,25 +148,32 @@ void FN(store_and_attend)(const T *q, const T *k, const T *v, int64_t q_stride, 
         const T *query = q + i * q_stride + g * d;                                                                     \
         T *to = out + (i * h + g) * d;                                                                                 \
         if (QUERIES > 1 && end - g > 1) {                                                                              \
-            FN(attend)(query, past_k, past_v, length, QUERIES, lanes, scale, to, scratch + (i * h + g) * longest, longest);\
+            FN(attend)(query, past_k, past_v, length, QUERIES, lanes, scale, to, scores);                              \
             g += QUERIES;                                                                                              \
         } else {                                                                                                       \
-            FN(attend)(query, past_k, past_v, length, 1, lanes, scale, to, scratch + (i * h + g) * longest, longest);  \
+            FN(attend)(query, past_k, past_v, length, 1, lanes, scale, to, scores);                                    \
             g++;                                                                                                       \
         }                                                                                                              \
     }
-#pragma omp parallel for schedule(dynamic) if (decoding * kv > 1)
-    for (int64_t task = 0; task < decoding * kv; task++) {
-        int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
-        const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
-        const T *past_v = values + (slots[i] * kv + head) * max_len * d;
-        switch (d) { /* of a constant width all vectors stay in registers */
-        case 64: ATTEND(64 / WIDTH) break;
-        case 80: ATTEND(80 / WIDTH) break;
-        case 96: ATTEND(96 / WIDTH) break;
-        case 128: ATTEND(128 / WIDTH) break;
-        default: ATTEND(d / WIDTH)
+    int64_t longest = 1;
+    for (int64_t i = 0; i < decoding; i++) longest = positions[i] >= longest ? positions[i] + 1 : longest;
+#pragma omp parallel if (decoding * kv > 1)
+    {
+        float *scores = malloc(QUERIES * longest * sizeof *scores);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < decoding * kv; task++) {
+            int64_t i = task / kv, head = task % kv, length = positions[i] + 1;
+            const T *past_k = keys + (slots[i] * kv + head) * max_len * d;
+            const T *past_v = values + (slots[i] * kv + head) * max_len * d;
+            switch (d) { /* of a constant width all vectors stay in registers */
+            case 64: ATTEND(64 / WIDTH) break;
+            case 80: ATTEND(80 / WIDTH) break;
+            case 96: ATTEND(96 / WIDTH) break;
+            case 128: ATTEND(128 / WIDTH) break;
+            default: ATTEND(d / WIDTH)
+            }
         }
+        free(scores);
     }
 #undef ATTEND
 }

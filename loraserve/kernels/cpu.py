@@ -64,14 +64,14 @@ def store_and_attend(
 ) -> None:  # fmt: skip
     """Store k and v (N, KV, D) in a layer's cache (slots, KV, max_len, D); attend for the first `decoding` rows.
 
-    q, k and v may be views of wider rows. All positions are below `longest`. `out` (N, H, D) gets those rows.
+    q, k and v may be views of wider rows. `out` (N, H, D) gets those rows. `longest`, which all positions are below, is
+    for kernels that need to know.
     """
     n, h, d = q.shape
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype == out.dtype
     assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (d, 1) and keys.is_contiguous()
-    scratch = torch.empty(decoding, h, longest)
     call("store_and_attend", q.dtype, q, k, v, q.stride(0), k.stride(0), v.stride(0), keys, values, keys.shape[2],
-          slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out, scratch, longest,
+          slots, positions, n, decoding, h, k.shape[1], d, d**-0.5, out,
          quick=n <= QUICK_ROWS)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-/* A whole step in which every row decodes: the calls that base/fused.py makes, in the same order and so with the same
+/* A whole step in which every row attends by itself: the calls that base/fused.py makes, in the same order and so with the same
    bits, without the interpreter between them. For models of few parameters that is a fifth of the time. */
 
 #ifndef T
@@ -37,7 +37,6 @@ typedef struct { /* of the cache and the step; slots, positions and the rest of 
     void *const *cache; /* each layer's keys and values */
     int64_t max_len;
     const int64_t *slots, *positions;
-    int64_t longest;
     const float *table;
     const deltas *deltas; /* (layers, SITES), or no adapters */
     int64_t entries;
@@ -61,7 +60,7 @@ void FN(add_rms_norm)(float *, const T *, const float *, T *, int64_t, int64_t, 
 void FN(norm_and_rotate)(T *, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, float, int64_t,
                          const float *, const int64_t *);
 void FN(store_and_attend)(const T *, const T *, const T *, int64_t, int64_t, int64_t, T *, T *, int64_t, const int64_t *,
-                          const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, float, T *, float *, int64_t);
+                          const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, float, T *);
 void FN(silu_and_multiply)(const T *, T *, int64_t, int64_t);
 void FN(multiply)(const T *, const char *, T *, int64_t, int64_t, int64_t, float *);
 void FN(multiply_int8)(const T *, const char *, const float *, const int32_t *, T *, int64_t, int64_t, int64_t, float *);
@@ -94,7 +93,7 @@ void FN(decode)(const decoder *m, const step *s, float *x, T *y, T *inner, int64
         const T *k = wide + h * d, *v = k + kv * d;
         FN(norm_and_rotate)(wide, n, stride, h, kv, d, l->q_norm, l->k_norm, eps, m->cast_first, s->table, s->positions);
         FN(store_and_attend)(wide, k, v, stride, stride, stride, s->cache[2 * i], s->cache[2 * i + 1], s->max_len,
-                             s->slots, s->positions, n, n, h, kv, d, scale, narrow, scratch, s->longest);
+                             s->slots, s->positions, n, n, h, kv, d, scale, narrow);
         APPLY(OUT, narrow, y);
         FN(add_rms_norm)(x, y, l->post_norm, narrow, n, hidden, eps, m->cast_first);
         APPLY(GATE_UP, narrow, wide);

@@ -28,7 +28,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Where the rows of a step keep their keys and values, one token of a sequence each."""
+    """Where the rows of a step keep their keys and values, each row attending by itself."""
 
     pointers: Tensor
     """(2 · layers,) int64: each layer's keys and values, (slots, KV, max_len, D)."""
@@ -71,29 +71,28 @@ class DecoderKernel:
         embedded: Tensor,
         table: Tensor,
         positions: Tensor,
-        longest: int,
         cached: CachedRows,
         sites: "AdapterSites | None",
         entries: Entries | None,
     ) -> Tensor:
-        """Return the normed hidden states (N, hidden) after a step in which every row decodes.
+        """Return the normed hidden states (N, hidden) after a step in which every row attends by itself.
 
         Args:
             embedded: (N, hidden), the tokens; float32 or bfloat16 as the weights were.
             table: (positions, 2, D) float32, cos and sin.
-            positions: (N,) int64, all below `longest`.
+            positions: (N,) int64.
             sites, entries: the adapters, or None for none.
         """
-        n, heads = embedded.shape[0], self._heads[0]
+        n = embedded.shape[0]
         x = embedded.float() if embedded.dtype != torch.float32 else embedded.clone()
         y = torch.empty_like(embedded)
         inner = torch.empty(2, n, self._widest, dtype=embedded.dtype)
-        needed = [n + n * self._deepest + n * self._deepest // 4, n * heads * longest]
+        needed = [n + n * self._deepest + n * self._deepest // 4]
         given = [0, 0, 0, 0, 0]
         if sites is not None and entries is not None:
             needed.append(sites.scratch(len(entries[0])))
             given = [sites.table.data_ptr(), len(entries[0]), *(part.data_ptr() for part in entries)]
-        call = [cached.pointers.data_ptr(), cached.max_len, cached.slots.data_ptr(), positions.data_ptr(), longest,
+        call = [cached.pointers.data_ptr(), cached.max_len, cached.slots.data_ptr(), positions.data_ptr(),
                 table.data_ptr(), *given]  # fmt: skip
         step, scratch = torch.tensor(call), torch.empty(max(needed))
         cpu.call("decode", embedded.dtype, self._fields, step, x, y, inner, self._widest, scratch, n, self._eps,

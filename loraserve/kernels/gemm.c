@@ -163,7 +163,7 @@ void FN(multiply)(const T *x, const char *w, T *y, int64_t m, int64_t k, int64_t
 #pragma omp parallel
     {
         int64_t configured = 0, tasks = tasks_of(n);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks * ((m + CHUNK - 1) / CHUNK); task++) {
             vector sums[ROWS * VECTORS];
             int64_t row = task / tasks * CHUNK, end = row + CHUNK < m ? row + CHUNK : m;
@@ -212,7 +212,7 @@ void FN(multiply_int8)(const T *x, const char *w, const float *w_scale, const in
                 }
         }
         int64_t configured = 0, tasks = tasks_of(n);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks * ((m + CHUNK - 1) / CHUNK); task++) {
             vector_i32 sums[ROWS * VECTORS];
             int64_t row = task / tasks * CHUNK, end = row + CHUNK < m ? row + CHUNK : m;
