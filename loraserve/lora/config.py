@@ -9,6 +9,7 @@ layer, and every layer here is one. What changes the result and is not here is r
 Source: PEFT 0.21 `LoraConfig`, `check_target_module_exists`, `get_pattern_key`. Knows no files and no tensors.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -216,7 +217,12 @@ def compact_targets(targets: Iterable[str], shapes: "Shapes") -> list[str]:
 def _selects(names: Sequence[str] | str, target: str) -> bool:
     if isinstance(names, str):
         return Pattern(names).covers(target)
-    return any(target == name or target.endswith(f".{name}") for name in names)
+    return f".{target}".endswith(_endings(tuple(names)))
+
+
+@functools.lru_cache(maxsize=64)
+def _endings(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in names)
 
 
 def _in_preset(selection: str, target: str, shape: tuple[int, int]) -> bool:

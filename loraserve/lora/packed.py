@@ -54,12 +54,13 @@ class Packed:
 
 def _views(buffer: Tensor, weights: Mapping[str, LoraWeight]) -> dict[str, LoraWeight]:
     views, at = {}, 0
+    assert buffer.storage_offset() == 0  # the offsets of `as_strided` count from the storage
     for target in sorted(weights):
         weight = weights[target]
         (r, width), out = weight.A.shape, weight.B.shape[0]
-        A = buffer[at : at + r * width].view(r, width)
+        A = buffer.as_strided((r, width), (width, 1), at)
         at += _aligned(r * width, buffer.dtype)
-        B = buffer[at : at + r * out].view(r, out).T
+        B = buffer.as_strided((out, r), (1, out), at)
         at += _aligned(r * out, buffer.dtype)
         gain = None
         if weight.gain is not None:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,20 @@ def read_adapter(
     problems = scan.problems
     weights: dict[str, LoraWeight] = {}
     if scan.sizes and (not problems or scan.size_bytes <= _MAX_UNSOUND):
-        try:
-            data = read_file(path / WEIGHTS_FILE, scan.size_bytes)
-            if sha256 is not None and not trusted and hashlib.sha256(data).hexdigest() != sha256:
-                problems.append(f"{WEIGHTS_FILE} does not have the sha256 it was published with: changed or damaged")
-            tensors = safetensors.torch.load(data)
-            del data
-            weights = _weights_of(tensors, scan)
-            problems += [] if trusted else find_value_problems(Adapter(weights))
-        except (SafetensorError, AdapterRefused, KeyError, ValueError) as error:
-            problems.append(f"{WEIGHTS_FILE} cannot be read ({error})")
+        found, faults = None, []
+        with ThreadPoolExecutor(1) as beside:  # hashing takes as long as all the rest, and lets it go on
+            try:
+                data = read_file(path / WEIGHTS_FILE, scan.size_bytes)
+                found = beside.submit(hashlib.sha256, data) if sha256 is not None and not trusted else None
+                tensors = safetensors.torch.load(data)
+                del data
+                weights = _weights_of(tensors, scan)
+                faults = [] if trusted else find_value_problems(Adapter(weights))
+            except (SafetensorError, AdapterRefused, KeyError, ValueError) as error:
+                faults = [f"{WEIGHTS_FILE} cannot be read ({error})"]
+        if found is not None and found.result().hexdigest() != sha256:
+            problems.append(f"{WEIGHTS_FILE} does not have the sha256 it was published with: changed or damaged")
+        problems += faults
     if problems or scan.config is None:
         raise AdapterRefused(name or path.name, problems)
     return Adapter(weights, name), scan.config
