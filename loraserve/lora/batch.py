@@ -5,11 +5,8 @@
 Rows n are tokens; slots s are the adapters active in this step; W (N, S) holds each row's weights (several per row for
 a blend, none for the base). A row meets the adapters it asked for and no other. A kernel adds the deltas of all in one
 call; without one, many rows of one adapter take a product of their own, and the few rows that each of many adapters has
-while decoding share one batched product. In training each slot takes its own, so that no gradient of one adapter passes
-through another's rows, not even times zero. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
-float32, in training and in serving alike.
-
-DoRA's gains multiply y first (`lora/dora.py`).
+while decoding share one batched product. A and B are never scaled themselves; `weight · scaling` multiplies xAᵀ in
+float32, in training (`lora/trained.py`) and in serving alike. DoRA's gains multiply y first (`lora/dora.py`).
 
 Invariants: rows without an adapter are neither read nor written, so they keep exactly the base's bits; a batch in which
 no row has an adapter is represented by None and runs no code here. `apply_one_by_one` is the naive form and the tests'
@@ -28,6 +25,7 @@ from loraserve.kernels import dispatch
 from loraserve.kernels.dispatch import Kernels
 from loraserve.lora.dora import Gains, TrainedGains
 from loraserve.lora.stack import AdapterStack, Group, Weights
+from loraserve.lora.trained import Span, Trained, projected, spans_of
 
 FEW_ROWS = 16
 """Without a kernel a slot with more rows than this takes a product of its own."""
@@ -39,49 +37,9 @@ class Work(Protocol):
     def add(self, targets: tuple[str, ...], widths: Sequence[int], x: Tensor, y: Tensor) -> None: ...
 
 
-def _projected(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
-    """x Aᵀ · scale, (n, R) float32."""
-    return (x.to(A.dtype) @ A.T).float() * scale
-
-
 def _delta(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     """(x Aᵀ · scale) B"""
-    return _projected(x, A, scale).to(B.dtype) @ B
-
-
-class _Delta(torch.autograd.Function):
-    """`_delta` in training, added to y in place unless that is None. It keeps x as it is, as its neighbours do.
-
-    The products take A and B in bfloat16, as serving does, where x is that and the processor multiplies it. Parameters
-    and their gradients stay as they are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-        dtype = ctx.dtype = x.dtype if _multiplies(x) else A.dtype
-        h = _projected(x, A.to(dtype), scale)
-        ctx.save_for_backward(x, A, B, scale, h)
-        ctx.in_place = y is not None
-        if y is None:
-            return h.to(dtype) @ B.to(dtype)
-        ctx.mark_dirty(y)
-        return y.addmm_(h.to(dtype), B.to(dtype)) if y.dtype == dtype else y.add_(h @ B)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, A, B, scale, h = ctx.saved_tensors
-        g = gradient.to(ctx.dtype)
-        by_h = ((g @ B.to(ctx.dtype).T).float() * scale).to(ctx.dtype)  # (n, R), before scaling
-        by_x = (by_h @ A.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        by_A, by_B = by_h.T @ x.to(ctx.dtype), h.to(ctx.dtype).T @ g
-        return gradient if ctx.in_place else None, by_x, by_A.to(A.dtype), by_B.to(B.dtype), None
-
-
-def _multiplies(x: Tensor) -> bool:
-    """Whether x is bfloat16 and there are instructions that multiply it."""
-    has = torch.cpu.get_capabilities()
-    native = x.device.type != "cpu" or has.get("avx512_bf16") or has.get("amx_bf16")
-    return x.dtype == torch.bfloat16 and bool(native)
+    return projected(x, A, scale).to(B.dtype) @ B
 
 
 @dataclass
@@ -99,10 +57,7 @@ class _Alone:
         A, B = site.A[0], site.B[0]  # (R, in), (R, Σout)
         x = x if self.rows is None else x[self.rows]
         scale = site.scaling[0] if self.weights is None else self.weights * site.scaling[0]  # (R,) or (n, R)
-        if A.requires_grad and self.rows is None:
-            _Delta.apply(y, x, A, B, scale)
-            return
-        delta = _Delta.apply(None, x, A, B, scale) if A.requires_grad else _delta(x, A, B, scale)
+        delta = _delta(x, A, B, scale)
         if self.rows is None:
             y += delta
         else:
@@ -264,13 +219,19 @@ class LoraBatch:
     def _plan_for_groups(self, slots: Sequence[int]) -> list[Work]:
         """Matrix products for some of the slots."""
         plan: list[Work] = []
+        trained: list[Span] = []
         wanted = set(slots)
         for group in self.stack.groups:
             weights = self.row_weights[:, group.members]  # (N, S)
             by_slot, rows = weights.T.nonzero(as_tuple=True)  # by slot, then by row
             per_slot = rows.split(by_slot.bincount(minlength=len(group.members)).tolist())
             counts = [len(own) if slot in wanted else 0 for slot, own in zip(group.members, per_slot, strict=True)]
-            few = [n if n <= FEW_ROWS and not group.in_training else 0 for n in counts]
+            if group.in_training:
+                for member, own in enumerate(per_slot):
+                    if counts[member]:
+                        trained += spans_of(group.single(member), own, weights[own, member], self._device)
+                continue
+            few = [n if n <= FEW_ROWS else 0 for n in counts]
             if sum(n > 0 for n in few) < 2:
                 few = [0] * len(few)
             for member, own in enumerate(per_slot):
@@ -278,7 +239,7 @@ class LoraBatch:
                     plan.append(self._alone(group, member, own, weights[own, member]))
             if any(few):
                 plan.append(self._together(group, weights, per_slot, few))
-        return plan
+        return [*plan, Trained(trained)] if trained else plan
 
     def _alone(self, group: Group, member: int, rows: Tensor, weights: Tensor) -> _Alone:
         everywhere = len(rows) == self.row_weights.shape[0]

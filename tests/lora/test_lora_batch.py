@@ -143,6 +143,38 @@ def test_two_adapters_train_in_one_batch_without_touching_each_other(shapes):
     assert not pairs[1].B.grad.any()
 
 
+def test_adapters_in_training_give_the_naive_delta_and_its_gradients(shapes):
+    """Rows of each in several stretches, some at a weight of their own, some of neither; and validation without gradients."""
+    generator = torch.Generator().manual_seed(7)
+    out, width = shapes[Q]
+    stack = AdapterStack(
+        [
+            {
+                Q: LoraWeight(
+                    torch.randn(r, width, generator=generator, requires_grad=True),
+                    torch.randn(out, r, generator=generator, requires_grad=True),
+                    0.5,
+                )
+            }
+            for r in (2, 5)
+        ]
+    )
+    segments = [(3, [(1, 1.0)]), (4, [(0, 1.0)]), (2, []), (5, [(1, 0.25)]), (1, [(0, 1.0)])]
+    batch = LoraBatch.from_segments(stack, segments, "cpu")
+    x, y = inputs(shapes, Q)
+    x.requires_grad_()
+    parameters = [x, *(tensor for adapter in stack.adapters for tensor in adapter[Q].tensors)]
+    found, wanted = batch.apply(Q, x, y), apply_one_by_one(batch, Q, x, y)
+    assert (wanted - y).abs().max() > 1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    factors = torch.randn(found.shape, generator=generator)
+    got = torch.autograd.grad((found * factors).sum(), parameters)
+    torch.testing.assert_close(got, torch.autograd.grad((wanted * factors).sum(), parameters), rtol=1e-4, atol=1e-3)
+    assert all(gradient.abs().max() > 0 for gradient in got)
+    with torch.no_grad():
+        torch.testing.assert_close(batch.apply(Q, x, y), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_weight_and_scaling_multiply_in_float32_when_the_adapter_is_bfloat16(shapes):
     """Rounding weight·alpha/r to bfloat16 first would change the delta of many rows."""
     out, width = shapes[Q]
