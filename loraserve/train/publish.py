@@ -27,17 +27,18 @@ class TrainResult:
     metrics: dict[str, Any]
 
 
-def publish(run: Run, more: dict[str, Any] | None = None) -> TrainResult:
+def publish(run: Run, perplexity_base: float, more: dict[str, Any] | None = None) -> TrainResult:
     """Judge the best weights, say how they do, and publish them if they are to be.
 
     Args:
+        perplexity_base: of the base on general text.
         more: figures to go into the metrics beside the run's own.
 
     Raises:
         NotBetter: the validation loss is not below the base's and options.publish is `better`.
     """
     run.best.restore()
-    metrics = _figures(run) | (more or {})
+    metrics = _figures(run, perplexity_base) | (more or {})
     warnings = warnings_of(
         metrics,
         [loss for _, loss in run.metrics.losses],
@@ -84,9 +85,9 @@ def _publish(run: Run, metrics: dict[str, Any], answers: list[Comparison], warni
     return TrainResult(record, metrics)
 
 
-def _figures(run: Run) -> dict[str, Any]:
+def _figures(run: Run, perplexity_base: float) -> dict[str, Any]:
     return figures_of(run.metrics.records, run.best, run.per_epoch, run.seconds) | {
-        "perplexity_base": round(perplexity(run.base, None), 3),
+        "perplexity_base": round(perplexity_base, 3),
         "perplexity": round(perplexity(run.base, run.optimizer.stack), 3),
         "dialogues": len(run.dataset),
         "rejected_rows": run.facts.rejections.rows,

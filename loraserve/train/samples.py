@@ -1,4 +1,7 @@
-"""A few answers of the base and an adapter, or of two adapters, side by side. Greedy, uncached: they are short."""
+"""A few answers of the base and an adapter, or of two adapters, side by side: greedy, all of them in each step.
+
+They come from the model as it trains, over a cache of their own: no second copy of its weights is made for them.
+"""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -7,8 +10,11 @@ from itertools import islice
 
 import torch
 
-from loraserve.base.attention import PackedAttention
 from loraserve.base.load import Base
+from loraserve.engine.kv_cache import CachedAttention, KVCache
+from loraserve.engine.params import SamplingParams
+from loraserve.engine.scheduler import Chunk
+from loraserve.engine.sequence import Sequence
 from loraserve.lora.adapter import LoraWeight
 from loraserve.lora.batch import LoraBatch
 from loraserve.lora.stack import AdapterStack
@@ -20,6 +26,7 @@ MAX_DIALOGUES = 1000
 MAX_PROMPT_TOKENS = 256
 MAX_NEW_TOKENS = 48
 MAX_SECONDS = 30.0
+GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -51,32 +58,36 @@ def compare(base: Base, sides: Sides, dialogues: Iterable[Dialogue], count: int)
             break
     if not prompts:
         return []
-    sequences = [list(ids) for ids in prompts.values() for _ in range(2)]  # first side, second, first, second, ...
-    starts = [len(sequence) for sequence in sequences]
-    _continue(base, sides, sequences)
-    texts = [base.tokenizer.decode(s[start:]).strip() for s, start in zip(sequences, starts, strict=True)]
-    return [Comparison(q, *pair) for q, *pair in zip(prompts, texts[::2], texts[1::2], strict=True)]
+    pairs = [(ids, side) for ids in prompts.values() for side in range(2)]
+    answers = [base.tokenizer.decode(ids).strip() for ids in _answers(base, sides, pairs)]
+    return [Comparison(q, *pair) for q, *pair in zip(prompts, answers[::2], answers[1::2], strict=True)]
 
 
-def _continue(base: Base, sides: Sides, sequences: list[list[int]]) -> None:
-    """Extend `sequences` in place; those at even places are of the first side, at odd places of the second."""
-    stack = AdapterStack([side or {} for side in sides])
-    running = list(range(len(sequences)))
-    deadline = time.monotonic() + MAX_SECONDS
-    for _ in range(MAX_NEW_TOKENS):
-        if not running or time.monotonic() > deadline:
-            break
-        lengths = [len(sequences[i]) for i in running]
-        segments = [
-            (length, [(i % 2, 1.0)] if sides[i % 2] else []) for i, length in zip(running, lengths, strict=True)
-        ]
-        attention = PackedAttention(lengths, base.device)
-        input_ids = torch.tensor([token for i in running for token in sequences[i]], device=base.device)
-        last = torch.tensor(lengths, device=base.device).cumsum(0) - 1
+def _answers(base: Base, sides: Sides, prompts: list[tuple[list[int], int]]) -> list[list[int]]:
+    """The token ids that follow each prompt, given with the number of the side that answers."""
+    detached = [{target: weight.map(torch.detach) for target, weight in (side or {}).items()} for side in sides]
+    stack = AdapterStack(detached)
+    all_of = [
+        Sequence(ids, GREEDY, MAX_NEW_TOKENS, stop_ids=base.eos_ids, slot=i) for i, (ids, _) in enumerate(prompts)
+    ]
+    longest = max(len(ids) for ids, _ in prompts) + MAX_NEW_TOKENS
+    cache = KVCache(base.config, len(all_of), longest, base.device, base.dtype)
+    running, deadline = all_of, time.monotonic() + MAX_SECONDS
+    while running and time.monotonic() < deadline:
+        chunks = [Chunk(s, s.num_computed, s.num_tokens - s.num_computed) for s in running]
+        sizes, of = [chunk.count for chunk in chunks], [prompts[s.slot][1] for s in running]
+        segments = [(n, [(side, 1.0)] if sides[side] else []) for n, side in zip(sizes, of, strict=True)]
+        ids = [token for chunk in chunks for token in chunk.token_ids]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.start + chunk.count)]
+        where = torch.tensor(positions, device=base.device)
+        attention = CachedAttention(cache, chunks, where)
         lora = LoraBatch.from_segments(stack, segments, base.device)
-        logits = base.model(input_ids, attention.positions, attention, lora, rows=last)
-        chosen = logits.argmax(dim=-1).tolist()
-        for i, token in zip(running, chosen, strict=True):
-            if token not in base.eos_ids:
-                sequences[i].append(token)
-        running = [i for i, token in zip(running, chosen, strict=True) if token not in base.eos_ids]
+        last = torch.tensor(sizes).cumsum(0) - 1
+        logits = base.model(torch.tensor(ids, device=base.device), where, attention, lora, rows=last)
+        left = []
+        for sequence, token in zip(running, logits.argmax(dim=-1).tolist(), strict=True):
+            sequence.num_computed = sequence.num_tokens
+            if sequence.append(token) is None:
+                left.append(sequence)
+        running = left
+    return [[token for token in s.output_token_ids if token not in base.eos_ids] for s in all_of]

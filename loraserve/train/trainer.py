@@ -29,6 +29,7 @@ from loraserve.registry import Registry
 from loraserve.train.allocator import give_back_large_tensors
 from loraserve.train.checkpoint import discard, exclusive, load_or_clear, resumable, save_states, saved_quantize
 from loraserve.train.dataset import discard_dataset
+from loraserve.train.general import perplexity
 from loraserve.train.memory import Plan
 from loraserve.train.options import TrainOptions
 from loraserve.train.publish import TrainResult, publish
@@ -94,14 +95,16 @@ def train_all(
 
 def _publish_all(trained: "_Trained", stream: TextIO) -> list[TrainResult | TrainingFailed | NotBetter | None]:
     outcomes: list[TrainResult | TrainingFailed | NotBetter | None] = []
+    before: float | None = None
     for run in trained.runs:
         outcomes.append(trained.failures.get(run.label))
         if run.ended:
             continue
+        before = perplexity(run.base, None) if before is None else before
         if run.label:
             print(f"\n{run.label}:", file=stream, flush=True)
         try:
-            outcomes[-1] = publish(run)
+            outcomes[-1] = publish(run, before)
         except NotBetter as error:
             outcomes[-1] = error
             continue
@@ -149,7 +152,7 @@ def sweep(
         best = min(able, key=lambda run: run.best.loss or 0.0)
         losses = {f"{run.options.learning_rate}": run.best.loss if run in able else None for run in trained.runs}
         show_sweep(stream, losses, f"{best.options.learning_rate}")
-        result = ranks.from_lead(lambda: publish(best, {"lr_sweep": losses}))
+        result = ranks.from_lead(lambda: publish(best, perplexity(base, None), {"lr_sweep": losses}))
         trained.discard()
         return result
 
