@@ -86,7 +86,7 @@ def step(base: str, dialogues: int, dtype: str, checkpointing: bool, how: str | 
     weights = initial_weights(targets, loaded.shapes, config, normal=False, seed=0, device=loaded.device)
     ids = torch.randint(VOCAB.start, VOCAB.stop, (dialogues, LENGTH), dtype=torch.int32)
     batch = pack([Sample(row, torch.arange(LENGTH) >= LENGTH // 3) for row in ids])
-    needs = footprint(loaded.config, weights, loaded.dtype)
+    needs = footprint(loaded.config, weights, loaded.dtype, loaded.device)
     keeping = next(keepings(loaded, [how]))[0]
     planned = keeping.resident + needs.peak(batch.num_rows, checkpointing)
     loaded.load_weights(how)

@@ -1,18 +1,21 @@
 """How much memory a training step needs, and how to split a batch so that it fits.
 
-    peak = resident + adapter + activations(rows)
+    peak = resident + adapter + max(at the head, in a block)(rows)
     resident     what is there before the first step: torch and the adapter, as measured; the base, and of a quantised
                  one the largest layer's weight as it is made anew for a product
     adapter      gradients and AdamW's two moments: 12 bytes a parameter
-    activations  per row of a pass: what blocks keep for the backward pass, and what one block needs while it runs
+    at the head  what the blocks keep for the backward pass, the hidden states with their gradient, a chunk of logits
+    in a block   what the blocks keep, and what the last one needs while its gradients are computed
 
 With s bytes a number, H, I, Q and K the widths of the residual stream, of the gate, of all queries and of all keys, a
 dense block keeps of each row
 
     s (4H + 2Q + 2K + 3I), with norms of queries and keys s (Q + K) more, and the adapters' 4r of each layer
 
-and with checkpointing only s·H, while one block at a time is there in full. DoRA keeps a layer's outputs as they are
-before its gain, s·out, and for the adapter g ⊙ B and five numbers an output.
+and with checkpointing only s·H, while one block at a time is there in full. Its gradients need s (3I + 3H) for a while,
+those by the gate, by what it is multiplied with and by their product, and by what goes in and out; and 8I where
+bfloat16 must be widened for the adapter's products. DoRA keeps a layer's outputs as they are before its gain, s·out,
+and for the adapter g ⊙ B and five numbers an output.
 """
 
 import math
@@ -28,11 +31,12 @@ from loraserve.base.config import ModelConfig
 from loraserve.base.load import Base
 from loraserve.errors import InvalidRequest
 from loraserve.lora.adapter import LoraWeight
+from loraserve.lora.trained import multiplies
 from loraserve.train.loss import CHUNK_ROWS
 
 MOMENTS_AND_GRADIENT = 12
 """Bytes of each of the adapter's parameters beside the parameter itself."""
-ENOUGH_ROWS = 1024
+ENOUGH_ROWS = 768
 """Of a pass on a CPU: more take more memory and are no faster. A router's balance is that of a whole batch."""
 UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}
 
@@ -55,18 +59,23 @@ class Footprint:
     logits: int
     """A chunk's."""
 
+    def _moments(self, checkpointing: bool) -> tuple[tuple[float, int], tuple[float, int]]:
+        """Bytes a row, and whatever the rows, at the head and in a block's backward pass."""
+        kept = self.num_blocks * (self.kept_input if checkpointing else self.block)
+        again = self.block if checkpointing else 0
+        return (kept + self.head, self.logits), (kept + again + self.working, 0)
+
     def row(self, checkpointing: bool) -> float:
-        """Bytes of each row of a pass."""
-        blocks = self.num_blocks * (self.kept_input if checkpointing else self.block)
-        return blocks + (self.block if checkpointing else 0) + self.working + self.head
+        """Bytes of each row of a pass, once there are many."""
+        return max(row for row, _ in self._moments(checkpointing))
 
     def peak(self, rows: int, checkpointing: bool) -> int:
         """Bytes at the highest moment of a step over `rows` rows."""
-        return self.adapter + self.logits + int(rows * self.row(checkpointing))
+        return self.adapter + max(int(rows * row) + fixed for row, fixed in self._moments(checkpointing))
 
     def rows_within(self, room: int, checkpointing: bool) -> int:
         """The most rows of a pass that `room` bytes are enough for; 0 or less if there are none."""
-        return int((room - self.adapter - self.logits) / self.row(checkpointing))
+        return min(int((room - self.adapter - fixed) / row) for row, fixed in self._moments(checkpointing))
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,10 @@ class Plan:
         return f"memory: about {size(self.peak)} at the peak; {', '.join(filter(None, chosen))}"
 
 
-def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: torch.dtype) -> Footprint:
-    """What a step over an adapter's `weights` needs on a base in `dtype`."""
+def footprint(
+    config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: torch.dtype, device: torch.device
+) -> Footprint:
+    """What a step over an adapter's `weights` needs on a base in `dtype` on `device`."""
     s = dtype.itemsize
     hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     queries, keys = heads * config.head_dim, kv * config.head_dim
@@ -124,14 +135,14 @@ def footprint(config: ModelConfig, weights: Mapping[str, LoraWeight], dtype: tor
     met = experts / (config.num_experts + config.num_shared_experts) if config.num_experts else 1.0
     outputs = sum(len(B) * (met if "experts." in target else 1.0) for target, B in dora.items() if _in_block(target))
     block += s * outputs / config.num_hidden_layers
-    copies = 8 if s < 4 else 4  # the adapter computes in float32
+    widened = 8 if s < 4 and not multiplies(dtype, device) else 0
     parameters = sum(w.num_parameters for w in weights.values())
     return Footprint(
         adapter=MOMENTS_AND_GRADIENT * parameters + 4 * sum(B.numel() + 5 * len(B) for B in dora.values()),
         block=block,
         kept_input=s * hidden,
         num_blocks=config.num_hidden_layers,
-        working=inter * (copies + 4 * s),
+        working=s * (3 * inter * experts + 3 * hidden) + widened * inter * experts,
         head=3 * s * hidden,
         logits=CHUNK_ROWS * config.vocab_size * (8 + s) * (2 if "lm_head" in dora else 1),
     )
@@ -164,7 +175,7 @@ def plan_for(
     """
     if how in quantize.QUANTIZATIONS:
         quantize.check_quantization(how, base.config)
-    needs = [footprint(base.config, weights, base.dtype) for weights in adapters]
+    needs = [footprint(base.config, weights, base.dtype, base.device) for weights in adapters]
     widest = max(needs, key=lambda each: each.row(False))
     together = replace(widest, adapter=sum(each.adapter for each in needs), logits=max(each.logits for each in needs))
     allowed: list[str | None] = [None if how == "none" else how]
@@ -185,7 +196,6 @@ def plan(
     batch: Sequence[int],
     budget: int | None,
     *,
-    splitting: bool = True,
     others: Iterable[Sequence[Keeping]] = (),
     enough: int | None = None,
 ) -> Plan:
@@ -198,33 +208,32 @@ def plan(
         keepings: ways to keep the base, the best first, in groups of the same bits.
         batch: rows of each dialogue.
         budget: bytes; None plans what is fastest, whatever it needs.
-        splitting: whether batches may be split.
         others: ways that are not to be chosen, and named if they would fit where none of `keepings` does.
-        enough: rows beyond which a pass is no faster, so that without a budget longer batches are split, too.
+        enough: rows beyond which a pass is no faster, so that longer batches are split without need, too.
 
     Raises:
         InvalidRequest: no plan fits; the message has what would.
     """
     rows, longest = sum(batch), max(batch)
-    least = longest if splitting else rows
+    few = max(enough, longest) if enough is not None and enough < rows else None
     tried: list[Keeping] = []
     for same in keepings:
         how = same[0].quantize
         if budget is None:
-            few = max(enough, longest) if enough is not None and enough < rows else None
             peak = same[0].resident + needs.peak(few or rows, False)
             return Plan(peak, max_rows=few, quantize=how, packed=same[0].packed)
-        reason = f"otherwise the least is {size(_least(needs, tried, least))}" if tried else ""
+        reason = f"otherwise the least is {size(_least(needs, tried, longest))}" if tried else ""
         tried += same
         for checkpointing in (False, True):
             for keeping in same:
                 room = budget - keeping.resident
                 split = None if needs.peak(rows, checkpointing) <= room else needs.rows_within(room, checkpointing)
-                if split is None or split >= least:
+                if split is None or split >= longest:
+                    split = min(filter(None, (split, few)), default=None)
                     peak = keeping.resident + needs.peak(split or rows, checkpointing)
                     return Plan(peak, checkpointing, split, how, keeping.packed, reason)
     assert budget is not None
-    raise _refusal(needs, tried, least, budget, splitting, others)
+    raise _refusal(needs, tried, longest, budget, others)
 
 
 def _least(needs: Footprint, keepings: Iterable[Keeping], rows: int) -> int:
@@ -237,7 +246,6 @@ def _refusal(
     tried: Sequence[Keeping],
     least: int,
     budget: int,
-    splitting: bool,
     others: Iterable[Sequence[Keeping]],
 ) -> InvalidRequest:
     smallest = min(tried, key=lambda keeping: keeping.resident)
@@ -249,13 +257,12 @@ def _refusal(
         for other, *_ in others
         if _least(needs, [other], least) <= budget
     ]
-    shorter = "--max-seq-len below that" if splitting else "a smaller --batch-size than that"
-    options = [f"--memory-budget {needed // 2**20 + 1}MB", *fitting, shorter, "a lower --rank"]
+    options = [f"--memory-budget {needed // 2**20 + 1}MB", *fitting, "--max-seq-len below that", "a lower --rank"]
     return InvalidRequest(
         f"a memory budget of {size(budget)} is too small: the least is {size(needed)}{bits}, of which "
         f"{size(smallest.resident)} are there before the first step, {size(needs.adapter)} belong to the adapter's "
-        f"gradients and moments, and {size(least * needs.row(True))} to a pass of {least:,} tokens; give "
-        f"{', '.join(options)}, or --dtype bfloat16 if this is float32",
+        f"gradients and moments, and {size(needs.peak(least, True) - needs.adapter)} to a pass of {least:,} tokens; "
+        f"give {', '.join(options)}, or --dtype bfloat16 if this is float32",
         param="memory_budget",
     )
 

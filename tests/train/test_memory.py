@@ -16,10 +16,10 @@ from tests.train.test_step import optimizer, random_samples, trainable, values
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_what_a_pass_keeps_is_what_was_predicted(base, dora):
     batch, weights = pack(random_samples(40)), adapter(base, head=False)
-    plain = footprint(base.config, weights, base.dtype)
+    plain = footprint(base.config, weights, base.dtype, base.device)
     if dora:
         weights = with_magnitudes(base, weights)
-    needs = footprint(base.config, weights, base.dtype)
+    needs = footprint(base.config, weights, base.dtype, base.device)
     assert (needs.block > 1.2 * plain.block) == dora
     used = DoraNorms(weights, base.weight_of)
     used.measure()
@@ -56,26 +56,35 @@ def test_a_split_batch_trains_as_the_whole_one(base):
 
 
 NEEDS = Footprint(adapter=1000, block=40, kept_input=10, num_blocks=5, working=20, head=5, logits=500)
-"""225 bytes a row, 115 with checkpointing."""
+"""A row takes 220 bytes in a block and 205 at the head; 110 and 55 with checkpointing."""
 
 
-def test_without_a_budget_a_pass_is_no_longer_than_what_is_enough() -> None:
+def test_a_pass_is_no_longer_than_what_is_enough() -> None:
     ways, batch = [[Keeping(1000)]], [64, 30, 6]
     whole, split = plan(NEEDS, ways, batch, None), plan(NEEDS, ways, batch, None, enough=80)
     assert whole.max_rows is None and split.max_rows == 80 and split.peak < whole.peak
     assert plan(NEEDS, ways, batch, None, enough=100) == whole
     assert plan(NEEDS, ways, batch, None, enough=10).max_rows == 64, "a dialogue is never split"
+    ample, tight = (plan(NEEDS, ways, batch, budget, enough=80) for budget in (1 << 20, 1000 + NEEDS.peak(70, False)))
+    assert ample == split and (tight.max_rows, tight.checkpointing) == (70, False)
 
 
 def test_a_plan_takes_first_what_costs_no_time():
     batch, resident = [50, 100], 10_000
     whole = plan(NEEDS, [[Keeping(resident)]], batch, None)
-    assert (whole.peak, whole.checkpointing, whole.max_rows) == (11_500 + 150 * 225, False, None)
+    assert (whole.peak, whole.checkpointing, whole.max_rows) == (11_000 + 150 * 220, False, None)
     assert plan(NEEDS, [[Keeping(resident)]], batch, whole.peak) == whole
     split = plan(NEEDS, [[Keeping(resident)]], batch, whole.peak - 1)
     assert (split.checkpointing, split.max_rows) == (False, 149) and split.peak < whole.peak
-    again = plan(NEEDS, [[Keeping(resident)]], batch, 11_500 + 100 * 115)
-    assert (again.checkpointing, again.max_rows, again.peak) == (True, 100, 11_500 + 100 * 115)
+    again = plan(NEEDS, [[Keeping(resident)]], batch, 11_000 + 100 * 110)
+    assert (again.checkpointing, again.max_rows, again.peak) == (True, 100, 11_000 + 100 * 110)
+
+
+def test_few_rows_are_at_the_highest_at_the_head():
+    assert NEEDS.peak(10, False) == 1000 + 10 * 205 + 500 > 1000 + 10 * 220
+    room = NEEDS.peak(10, False)
+    assert NEEDS.rows_within(room, False) == 10 and NEEDS.rows_within(room - 1, False) == 9
+    assert NEEDS.peak(100, True) == 1000 + 100 * 110
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_what_would():

@@ -28,7 +28,7 @@ def column(hidden, budget, how):
         for target, (out, inputs) in config.linear_shapes().items()
         if target != "lm_head"
     }
-    needs = footprint(config, weights, torch.bfloat16)
+    needs = footprint(config, weights, torch.bfloat16, torch.device("cuda"))
     adapter = 4 * sum(w.A.numel() + w.B.numel() for w in weights.values())
     base = weight_bytes(config, torch.bfloat16, how)
     resident = base + adapter + (2 * max(map(math.prod, quantized_shapes(config).values())) if how else 0)
@@ -36,7 +36,7 @@ def column(hidden, budget, how):
     return {
         "base": size(base),
         "adapter, its gradients and AdamW's moments": size(adapter + needs.adapter),
-        "left for passes": size(room - needs.adapter - needs.logits),
+        "left for passes": size(room - needs.adapter),
         "a token, blocks kept (blocks run twice)": f"{size(needs.row(False))} ({size(needs.row(True))})",
         "tokens in a pass": f"{needs.rows_within(room, False):,} ({needs.rows_within(room, True):,})",
         "the batch in one pass would take": size(resident + needs.peak(DIALOGUES * LENGTH, False)),
