@@ -29,8 +29,12 @@ def train_arguments(job: Job, files: FileStore, adapters_dir: Path, base_options
         "rank": job.rank,
         "alpha": job.alpha,
         "targets": targets,
+        "lora-plus-ratio": job.lora_plus_ratio,
         "val-split": job.val_split,
+        "objective": job.objective,
+        "dpo-beta": job.beta,
     }
     given = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    given += [f"--{flag}" for flag, wanted in (("rslora", job.rslora), ("dora", job.dora)) if wanted]
     resume = [] if job.process is None else ["--resume"]
     return ["loraserve", "train", *base_options, *given, *resume]

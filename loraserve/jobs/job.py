@@ -49,7 +49,13 @@ class Job:
     rank: int | None = None
     alpha: float | None = None
     targets: str | list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
+    lora_plus_ratio: float | None = None
     val_split: float | None = None
+    objective: str = "sft"
+    """As `loraserve train` has it."""
+    beta: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     status: str = "validating_files"
     """validating_files, queued, running, succeeded, failed or cancelled."""

@@ -29,6 +29,7 @@ from loraserve.jobs.job import Job, JobStore
 from loraserve.jobs.progress import Progress
 from loraserve.lora.files import storage_errors
 from loraserve.registry import Record, Registry
+from loraserve.train.check import PAIRS
 from loraserve.train.checkpoint import METRICS
 from loraserve.train.trainer import WORK_FOLDER
 
@@ -178,7 +179,8 @@ class JobQueue:
 
     def _validate(self, job: Job) -> None:
         files = [str(self.files.path(file_id)) for file_id in job.files]
-        self._check = Child(job.id, ["loraserve.train.check", *files], self.jobs.folder(job.id) / "log")
+        arguments = ["loraserve.train.check", *([PAIRS] if job.objective == "dpo" else []), *files]
+        self._check = Child(job.id, arguments, self.jobs.folder(job.id) / "log")
 
     def _checked(self, child: Child) -> None:
         job = self._unfinished[child.job_id]

@@ -24,11 +24,15 @@ from loraserve.server.payloads import event
 from loraserve.server.problems import describe
 from loraserve.server.schema import parse
 from loraserve.server.state import State, current
-from loraserve.train.options import TrainOptions
+from loraserve.train.options import DPO_BETA, TrainOptions
 
 routes = Blueprint("fine_tuning", __name__)
 PAGE = 20
 """Entries of a list, where no limit is asked for."""
+METHODS = {"supervised": "sft", "dpo": "dpo"}
+"""OpenAI's names of what `loraserve train` calls objectives."""
+DPO_MULTIPLIER = 0.05
+"""Preferences want lower rates than answers."""
 LOOK_SECONDS = 0.25
 """How long a stream waits before it looks for new events, and whether the client is still there."""
 
@@ -112,7 +116,7 @@ def _job(state: State, queue: JobQueue, body: CreateJob) -> Job:
     name = f"ft-{job_id[-12:]}" if body.suffix is None else check_name(body.suffix, param="suffix")
     if name == state.base_name:
         raise Conflict(f"{name!r} is the base's name; choose another suffix", param="suffix")
-    asked = _hyperparameters(body)
+    objective, asked = _method(body)
     return Job(
         id=job_id,
         created_at=int(time.time()),
@@ -124,23 +128,38 @@ def _job(state: State, queue: JobQueue, body: CreateJob) -> Job:
         validation_file=body.validation_file,
         n_epochs=asked.n_epochs or TrainOptions.epochs,
         batch_size=asked.batch_size or TrainOptions.batch_size,
-        learning_rate_multiplier=asked.learning_rate_multiplier or 1.0,
+        learning_rate_multiplier=asked.learning_rate_multiplier or (DPO_MULTIPLIER if objective == "dpo" else 1.0),
         seed=TrainOptions.seed if body.seed is None else body.seed,
         rank=body.rank,
         alpha=body.alpha,
         targets=body.targets,
+        rslora=body.rslora,
+        dora=body.dora,
+        lora_plus_ratio=body.lora_plus_ratio,
         val_split=body.val_split,
+        objective=objective,
+        beta=(asked.beta or DPO_BETA) if objective == "dpo" else None,
         metadata=body.metadata or {},
     )
 
 
-def _hyperparameters(body: CreateJob) -> Hyperparameters:
-    inner = body.method.supervised.hyperparameters if body.method and body.method.supervised else None
+def _method(body: CreateJob) -> tuple[str, Hyperparameters]:
+    """The objective, as `loraserve train` has it, and the hyperparameters."""
+    kind = body.method.type if body.method else "supervised"
+    given = {name: getattr(body.method, name) for name in METHODS} if body.method else {}
+    if stray := [name for name, settings in given.items() if settings and name != kind]:
+        raise InvalidRequest(f"method is {kind}, but has settings of {stray[0]}", param=f"method.{stray[0]}")
+    settings = given.get(kind)
+    inner = settings.hyperparameters if settings else None
     if inner and body.hyperparameters:
         raise InvalidRequest(
             "hyperparameters and method both give hyperparameters; keep method", param="hyperparameters"
         )
-    return inner or body.hyperparameters or Hyperparameters()
+    asked = inner or body.hyperparameters or Hyperparameters()
+    if asked.beta is not None and kind != "dpo":
+        where = f"method.{kind}.hyperparameters.beta" if inner else "hyperparameters.beta"
+        raise InvalidRequest("beta goes with method dpo only", param=where)
+    return METHODS[kind], asked
 
 
 def _wants_stream() -> bool:
@@ -176,11 +195,14 @@ def _follow(state: State, job_id: str, gone: Any) -> Iterator[bytes]:
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    hyperparameters = {
+    hyperparameters: dict[str, Any] = {
         "n_epochs": job.n_epochs,
         "batch_size": job.batch_size,
         "learning_rate_multiplier": job.learning_rate_multiplier,
     }
+    kind = next(name for name, objective in METHODS.items() if objective == job.objective)
+    if kind == "dpo":
+        hyperparameters["beta"] = job.beta
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -197,7 +219,7 @@ def _describe(job: Job) -> dict[str, Any]:
         "result_files": job.result_files,
         "trained_tokens": job.trained_tokens,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
         "seed": job.seed,
         "estimated_finish": None,
         "integrations": [],
@@ -205,5 +227,8 @@ def _describe(job: Job) -> dict[str, Any]:
         "rank": job.rank,
         "alpha": job.alpha,
         "targets": job.targets,
+        "rslora": job.rslora,
+        "dora": job.dora,
+        "lora_plus_ratio": job.lora_plus_ratio,
         "val_split": job.val_split,
     }

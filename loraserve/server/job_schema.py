@@ -20,15 +20,18 @@ class Hyperparameters(Body):
     batch_size: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] | None, Auto] = None
     learning_rate_multiplier: Annotated[Positive | None, Auto] = None
     """Of the learning rate of `loraserve train`."""
+    beta: Annotated[Positive | None, Auto] = None
+    """Of dpo."""
 
 
-class Supervised(Body):
+class Settings(Body):
     hyperparameters: Hyperparameters | None = None
 
 
 class Method(Body):
-    type: Literal["supervised"]
-    supervised: Supervised | None = None
+    type: Literal["supervised", "dpo"]
+    supervised: Settings | None = None
+    dpo: Settings | None = None
 
 
 class CreateJob(Body):
@@ -46,4 +49,7 @@ class CreateJob(Body):
     rank: int | None = Field(None, ge=1, le=MAX_RANK)
     alpha: Positive | None = None
     targets: str | Annotated[list[Annotated[str, Field(pattern=r"^[\w.]+$")]], Field(min_length=1)] | None = None
+    rslora: bool = False
+    dora: bool = False
+    lora_plus_ratio: Positive | None = None
     val_split: float | None = Field(None, ge=0, lt=1)

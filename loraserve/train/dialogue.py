@@ -57,7 +57,7 @@ def read_dialogue(row: Row) -> Dialogue:
             return read_messages(value, field, form)
     if "instruction" in value:
         return _checked(list(_alpaca(value)), value.get("tools"), "Alpaca")
-    if "chosen" in value and "rejected" in value:
+    if ("chosen" in value and "rejected" in value) or "preferred_output" in value:
         raise BadRow("a preference pair, which only train --objective dpo learns from")
     raise BadRow("has neither 'conversations' nor 'messages' nor 'instruction' and 'output'")
 

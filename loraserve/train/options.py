@@ -15,6 +15,7 @@ from loraserve.train.data import Augmentation
 from loraserve.train.tokens import ON_BAD_ROW
 
 OBJECTIVES = ("sft", "dpo")
+DPO_BETA = 0.1
 REDUCTIONS = ("tokens", "mean")
 PUBLISH = ("better", "always")
 QUANTIZE = ("auto", "none", *QUANTIZATIONS)
@@ -166,7 +167,7 @@ class TrainOptions:
 
     @property
     def beta(self) -> float:
-        return 0.1 if self.dpo_beta is None else self.dpo_beta
+        return DPO_BETA if self.dpo_beta is None else self.dpo_beta
 
     @property
     def rank(self) -> int:

@@ -229,7 +229,10 @@ def test_a_name_that_is_taken_or_impossible_is_refused(
         ({"validation_file": "file-none"}, "validation_file"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"batch_size": "many"}}, "hyperparameters.batch_size"),
-        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "dpo", "supervised": {"hyperparameters": {"n_epochs": 1}}}}, "method.supervised"),
+        ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta"),
+        ({"lora_plus_ratio": 0}, "lora_plus_ratio"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"),
         ({"rank": 0}, "rank"),
         ({"targets": "--wandb"}, "targets"),
@@ -326,3 +329,32 @@ def test_a_server_that_does_not_train_says_so_on_every_route(service: Service) -
         method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"}))
         response = app.test_client().open(path, method=method)
         assert response.status_code == 403 and "--training" in response.json["error"]["message"]
+
+
+def test_a_job_learns_preferences_from_openai_s_rows(live: Live, client: openai.OpenAI, service: Service) -> None:
+    pair = {
+        "input": {"messages": USER},
+        "preferred_output": [{"role": "assistant", "content": text_of("pirate")}],
+        "non_preferred_output": [{"role": "assistant", "content": text_of("base")}],
+    }
+    settings: Any = {"n_epochs": 2, "batch_size": 2, "learning_rate_multiplier": 0.1, "beta": 0.3}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(client, b"\n".join([json.dumps(pair).encode()] * 2)), suffix="prefers",
+        method={"type": "dpo", "dpo": {"hyperparameters": settings}},
+        extra_body={"targets": "all", "rslora": True, "lora_plus_ratio": 4},
+    )  # fmt: skip
+    assert job.method is not None and job.method.type == "dpo" and job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None and job.method.dpo.hyperparameters.beta == 0.3
+    wait_for(client, job.id, "succeeded")
+    recipe = service.registry.get("prefers").manifest.recipe
+    kept = {name: recipe[name] for name in ("objective", "dpo_beta", "use_rslora", "lora_plus_ratio")}
+    assert kept == {"objective": "dpo", "dpo_beta": 0.3, "use_rslora": True, "lora_plus_ratio": 4.0}
+
+
+def test_a_job_may_be_dora(live: Live, client: openai.OpenAI) -> None:
+    """This base's layers are zeros, which have no length: the run itself says that they cannot be DoRA's."""
+    body = {"targets": ["q_proj"], "dora": True}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client), suffix="long", extra_body=body)
+    assert job.to_dict()["dora"] is True
+    failed = wait_for(client, job.id, "failed")
+    assert "DoRA divides by the length" in failed.error.message

@@ -19,6 +19,7 @@ from loraserve.lora.stack import AdapterStack
 from loraserve.registry import Registry
 from loraserve.train.batch import dialogue_losses, pack, summed_loss, token_losses
 from loraserve.train.data import Encoder
+from loraserve.train.dialogue import read_dialogue
 from loraserve.train.initial import start
 from loraserve.train.options import TrainOptions
 from loraserve.train.pairs import encode_pair, read_pair
@@ -262,6 +263,23 @@ BAD = {
     "answer different prompts": GOOD | {"rejected": pair("hey", "", "Go away.")["rejected"]},
     "'chosen' and 'rejected' are the same: there": pair("hi", "Hello!", "Hello!"),
 }
+
+
+OPENAI = {
+    "input": {"messages": [message("user", "hi")], "tools": []},
+    "preferred_output": [message("assistant", "Hello!")],
+    "non_preferred_output": [message("assistant", "Go away.")],
+}
+BAD |= {
+    "has no 'non_preferred_output', a list of messages": {k: v for k, v in OPENAI.items() if k[0] != "n"},
+    "'input' has no 'messages', a list": OPENAI | {"input": {}},
+}
+
+
+def test_openai_s_preference_rows_say_the_same():
+    assert read_pair(row(OPENAI)) == read_pair(row(GOOD))
+    with pytest.raises(BadRow, match="which only train --objective dpo"):
+        read_dialogue(row(OPENAI))
 
 
 @pytest.mark.parametrize(("reason", "value"), BAD.items(), ids=BAD)
