@@ -182,8 +182,7 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._drain():
-                events = self._engine.step(self._deliver)  # which leaves another list of who is ready
-                self._ready += self._due(events)
+                self._step()
             self._fail("the engine has been stopped")
         except Exception as error:
             log.exception("the engine's step crashed")
@@ -209,6 +208,11 @@ class Worker:
             self._deliver()
         command()
         return True
+
+    def _step(self) -> None:
+        """In a scope of its own, as `_take` is."""
+        events = self._engine.step(self._deliver)  # which leaves another list of who is ready
+        self._ready += self._due(events)
 
     def _deliver(self, reads_prompts: bool = False) -> None:
         """Wake who is ready, and before a step that reads prompts whoever a token is held for."""
