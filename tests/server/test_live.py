@@ -209,9 +209,14 @@ def test_metrics_count_requests_and_tokens_by_adapter(live: Live) -> None:
     post(f"{live.url}/v1/chat/completions", {"messages": USER, "adapter": "pirate"})
     post(f"{live.url}/v1/chat/completions", {"messages": USER, "adapter": "pirate:0.6+poet:0.4"})
     post(f"{live.url}/v1/chat/completions", {"messages": USER, "n": 0})
-    with urllib.request.urlopen(f"{live.url}/metrics") as response:
-        assert response.headers["Content-Type"].startswith("text/plain")
-        lines = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#"))
+    lines: dict[str, str] = {}
+    deadline = time.monotonic() + 10
+    while not any('status="400"' in line for line in lines):  # counted when the answer has been sent
+        assert time.monotonic() < deadline, lines
+        with urllib.request.urlopen(f"{live.url}/metrics") as response:
+            assert response.headers["Content-Type"].startswith("text/plain")
+            text = response.read().decode()
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     route = 'method="POST",route="/v1/chat/completions"'
     assert float(lines[f'loraserve_requests_total{{{route},status="200"}}']) == 2
     assert float(lines[f'loraserve_requests_total{{{route},status="400"}}']) == 1
