@@ -29,8 +29,6 @@ from loraserve.engine.sequence import Sequence as Request
 SHAPES = ((16, 32), (16, 64), (16, 128), (16, 192), (16, 256), (16, 512), (4, 1024))
 """Sequences and their length."""
 HEADS, KEYS, WIDTH = 8, 4, 96
-
-
 PROMPTS, TOKENS = (16, 32, 64, 96, 128, 192, 256, 512), 512
 
 
