@@ -358,3 +358,10 @@ def test_a_job_may_be_dora(live: Live, client: openai.OpenAI) -> None:
     assert job.to_dict()["dora"] is True
     failed = wait_for(client, job.id, "failed")
     assert "DoRA divides by the length" in failed.error.message
+
+
+def test_a_preference_job_has_a_lower_rate_unless_told_otherwise(client: openai.OpenAI) -> None:
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client), method={"type": "dpo"})
+    assert job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.learning_rate_multiplier == 0.05
+    assert job.method.dpo.hyperparameters.beta == 0.1
